@@ -1,0 +1,66 @@
+# `make help` lists the targets. Everything is installed into the checkout (.venv); nothing outside it is touched.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+# The lock file pins every package by hash; a change to it, to a contract or to a pyproject installs anew.
+$(READY): requirements/dev.txt pyproject.toml sdk/python/pyproject.toml sdk/python/generate_stubs.py $(shell find protos -name '*.proto')
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e sdk/python -e .
+	@touch $@
+
+.PHONY: install
+install: $(READY) ## Install everything into .venv
+
+.PHONY: proto
+proto: $(READY) ## Generate the gRPC stubs and their types
+	$(BIN)/python sdk/python/generate_stubs.py
+
+.PHONY: demo
+demo: $(READY) ## Run the suite and a fleet of eight workers, and check every invariant
+	$(BIN)/python -m demo
+
+.PHONY: up
+up: $(READY) ## Run the suite until Ctrl-C; its data stays in .muster
+	$(BIN)/muster up
+
+.PHONY: test
+test: $(READY) ## Run the test suite against real parts
+	$(BIN)/python -m pytest
+
+.PHONY: check
+check: $(READY) ## Lint, types, layers, contracts, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	$(BIN)/python sdk/python/generate_stubs.py --check
+
+.PHONY: bench
+bench: $(READY) ## Measure the chassis against bare grpc.aio
+	$(BIN)/python -m bench.chassis
+
+.PHONY: fault
+fault: $(READY) ## Run a fleet while services are killed, and check the recorded history
+	$(BIN)/python -m pytest -m fault tests/fault
+
+.PHONY: lock
+lock: ## Pin the requirements anew (needs uv)
+	./requirements/compile.sh
+
+.PHONY: clean
+clean: ## Remove the environment, caches and the suite's data
+	rm -rf $(VENV) .muster .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis sdk/python/muster/*/v1
