@@ -1,0 +1,254 @@
+"""The exits of the demo: real forward proxies on loopback, one process of the package proxy.py each.
+
+What a proxy relayed is read from its own access log, so the summary can compare it with what the workers say they fetched.
+
+Every child process of the demo's surroundings is started by `child_command`. Such a child is told by the kernel (on Linux)
+when its parent is gone, so that a demo killed with `kill -9` leaves nothing behind.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# PR_SET_PDEATHSIG is 1 in <linux/prctl.h>. The parent may have died before the call, hence the look at the parent's id.
+_TIE_TO_PARENT = """\
+import ctypes, os, sys
+parent, signal_number = int(sys.argv[1]), int(sys.argv[2])
+del sys.argv[1:3]
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal_number)
+if os.getppid() != parent:
+    sys.exit("the process that started this one is gone")
+"""
+
+# proxy.py starts its acceptor with multiprocessing. Python 3.14 would do that through a fork server, a third process that
+# outlives a killed proxy; at this point the process has one thread, so a plain fork is safe.
+_RUN_PROXY = """\
+import multiprocessing
+multiprocessing.set_start_method("fork")
+import proxy
+proxy.main()
+"""
+
+# The function that writes the access log names its lines; everything else proxy.py logs comes from other functions.
+_LOG_FORMAT = "%(asctime)s %(funcName)s %(message)s"
+_ACCESS_MARK = " access_log "
+
+_START_SECONDS = 20.0
+# proxy.py joins its acceptor within about a second of SIGTERM.
+_STOP_SECONDS = 5.0
+# The site may need seconds for a cold search while the machine is busy; proxy.py would drop the idle client after ten.
+_IDLE_SECONDS = 60
+_POLL_SECONDS = 0.01
+
+
+class ChildFailed(RuntimeError):
+    """A child process ended, or gave no sign of life, before it was ready."""
+
+
+def child_command(
+    code: str, *arguments: str, interpreter_flags: Sequence[str] = (), death_signal: signal.Signals = signal.SIGTERM
+) -> list[str]:
+    """Build the command line of a Python child that does not outlive this process.
+
+    The tie is to the *thread* that starts the child, as the kernel has it: start children from the main thread.
+    Off Linux there is no such tie, and the child must be stopped by its id.
+
+    Args:
+        code: Python source which the child runs; it finds `arguments` in `sys.argv[1:]`.
+        arguments: The child's own arguments.
+        interpreter_flags: Options of the interpreter, such as `-I`.
+        death_signal: What the kernel sends the child when its parent dies.
+
+    Returns:
+        The command line, to be started by the calling process.
+    """
+    ids = (str(os.getpid()), str(int(death_signal)))
+    return [sys.executable, *interpreter_flags, "-c", _TIE_TO_PARENT + code, *ids, *arguments]
+
+
+async def stop_child(process: asyncio.subprocess.Process, grace_seconds: float) -> None:
+    """Stop a child that leads its own process group: SIGTERM, and SIGKILL for the group once the grace is over.
+
+    Stopping a child that has ended, or stopping it twice, does nothing.
+
+    Args:
+        process: The child, started with `start_new_session=True`.
+        grace_seconds: How long it may take to end by itself.
+    """
+    if process.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), grace_seconds)
+    except TimeoutError:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class RunningProxy:
+    """A forward proxy that answers.
+
+    Attributes:
+        name: Its name, `proxy-1` and so on.
+        endpoint: Its URL, as an HTTP client takes it: `http://127.0.0.1:PORT`.
+        pid: The id of its main process.
+        log_path: Its log, which holds one line for each connection it relayed.
+    """
+
+    name: str
+    endpoint: str
+    pid: int
+    log_path: Path
+    _process: asyncio.subprocess.Process = field(repr=False, compare=False)
+
+    def requests(self) -> int:
+        """Count the connections it has relayed since its start, from its access log.
+
+        proxy.py logs a *connection* when it ends, so the number is that of the requests only for clients that use a
+        connection once, as `demo.crawl` does. A request just answered may be missing for some milliseconds.
+
+        Returns:
+            The number, refused upstream connections included.
+
+        Raises:
+            OSError: The log cannot be read.
+        """
+        with self.log_path.open(encoding="utf-8", errors="replace") as log:
+            return sum(_ACCESS_MARK in line for line in log)
+
+    async def stop(self) -> None:
+        """Stop it, and wait until it is gone. Its log stays. Stopping twice does nothing."""
+        await stop_child(self._process, _STOP_SECONDS)
+
+
+async def start_proxies(count: int, folder: Path) -> list[RunningProxy]:
+    """Start forward proxies on free ports of 127.0.0.1 and wait until each answers.
+
+    Args:
+        count: How many, from 1.
+        folder: Where each keeps its log and its data, in a folder of its own name; made if absent.
+
+    Returns:
+        The proxies, by number. The caller stops them.
+
+    Raises:
+        ChildFailed: One did not come up; those that did are stopped again.
+        OSError: The folder cannot be written, or a process cannot be started.
+    """
+    async with AsyncExitStack() as started:
+        starts = [asyncio.create_task(_start(f"proxy-{n}", folder / f"proxy-{n}")) for n in range(1, count + 1)]
+        outcomes = await asyncio.gather(*starts, return_exceptions=True)
+        proxies: list[RunningProxy] = []
+        failures: list[BaseException] = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                failures.append(outcome)
+            else:
+                started.push_async_callback(outcome.stop)
+                proxies.append(outcome)
+        if failures:
+            raise failures[0]
+        started.pop_all()
+        return proxies
+
+
+async def stop_proxies(proxies: Sequence[RunningProxy]) -> None:
+    """Stop them all at the same time, and wait until they are gone.
+
+    Args:
+        proxies: What `start_proxies` returned; those already stopped are passed over.
+    """
+    await asyncio.gather(*(proxy.stop() for proxy in proxies))
+
+
+@asynccontextmanager
+async def running_proxies(count: int, folder: Path) -> AsyncIterator[list[RunningProxy]]:
+    """Run forward proxies for the length of a block.
+
+    Args:
+        count: How many, from 1.
+        folder: As for `start_proxies`.
+
+    Yields:
+        The proxies, each of which answers.
+
+    Raises:
+        ChildFailed: One did not come up.
+        OSError: The folder cannot be written, or a process cannot be started.
+    """
+    proxies = await start_proxies(count, folder)
+    try:
+        yield proxies
+    finally:
+        await stop_proxies(proxies)
+
+
+async def _start(name: str, folder: Path) -> RunningProxy:
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path, port_path, error_path = folder / "proxy.log", folder / "port", folder / "stderr.log"
+    log_path.unlink(missing_ok=True)
+    port_path.unlink(missing_ok=True)
+    command = child_command(
+        _RUN_PROXY,
+        *("--hostname", "127.0.0.1", "--port", "0", "--port-file", str(port_path)),
+        *("--num-acceptors", "1", "--num-workers", "1"),
+        # The threadless executor looks for new connections every 25 ms: 27 ms a request and 1 % of a core when idle,
+        # against 1 ms and nothing with a thread per connection.
+        "--threaded",
+        *("--timeout", str(_IDLE_SECONDS)),
+        *("--log-file", str(log_path), "--log-level", "INFO", "--log-format", _LOG_FORMAT),
+        # By default all of these are in the home folder.
+        *("--data-dir", str(folder / "data"), "--ca-cert-dir", str(folder / "certificates")),
+        *("--cache-dir", str(folder / "cache")),
+    )
+    with error_path.open("wb") as errors:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True
+        )
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            port = await _answering_port(process, port_path)
+    except TimeoutError as late:
+        await stop_child(process, _STOP_SECONDS)
+        raise ChildFailed(f"{name} did not answer within {_START_SECONDS:.0f} s; see {folder}") from late
+    except ChildFailed as failed:
+        raise ChildFailed(f"{name} {failed}; see {error_path}") from failed
+    except BaseException:
+        await stop_child(process, _STOP_SECONDS)
+        raise
+    return RunningProxy(name, f"http://127.0.0.1:{port}", process.pid, log_path, process)
+
+
+async def _answering_port(process: asyncio.subprocess.Process, port_path: Path) -> int:
+    while True:
+        if process.returncode is not None:
+            raise ChildFailed(f"ended with code {process.returncode} before it answered")
+        # proxy.py gives no other sign than this file, which it writes in place: it may be there and still be empty.
+        with suppress(FileNotFoundError, ValueError, OSError):
+            port = int(port_path.read_text())
+            if await _answers(port):
+                return port
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _answers(port: int) -> bool:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        # Not a proxy request: it is answered with an error by the proxy itself, and its access log does not count it.
+        writer.write(b"GET / HTTP/1.1\r\nHost: proxy\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        return (await reader.readline()).startswith(b"HTTP/")
+    finally:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()

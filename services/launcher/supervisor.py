@@ -1,0 +1,392 @@
+"""Keeps named child processes running, and never lets one outlive the supervisor.
+
+A child's life:
+
+```
+            spawn            exits by itself, code != 2
+  stopped --------> running ----------------------------> waiting (backoff) --> running
+     ^                 |  exits with code 2
+     |   stop()        v
+     +------------- stopping: every child is stopped, wait() raises
+```
+
+Guarantees: a child runs in a process group of its own, so Ctrl-C reaches only the supervisor, which then stops the children
+in order; a child dies with the supervisor, also when that is killed with SIGKILL. Not guaranteed: that what a child
+itself has started dies with it. Linux only, by `PR_SET_PDEATHSIG`.
+"""
+
+import asyncio
+import inspect
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from services.launcher.errors import LauncherError
+
+BAD_START_CODE = 2
+"""Exit code of a child that cannot start as configured. Starting it again would fail alike, so nobody tries."""
+
+_FIRST_DELAY_SECONDS = 0.2
+_LONGEST_DELAY_SECONDS = 10.0
+_SETTLED_AFTER_SECONDS = 30.0
+_LONGEST_LINE_BYTES = 64 * 1024
+# A grandchild may hold the pipe open after the child's exit; its lines are not worth delaying the restart.
+_DRAIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The unprivileged user a process becomes before its program runs.
+
+    Attributes:
+        uid: User id, not 0.
+        gid: The only group id it keeps.
+        keeps_file_access: Keep `CAP_DAC_OVERRIDE`, for a program or data below a folder that this user cannot enter.
+    """
+
+    uid: int
+    gid: int
+    keeps_file_access: bool = False
+
+
+def _exec_guarded() -> None:
+    # This runs as a program of its own (`guarded_argv`), so it names everything it needs. It is not a preexec_fn: that
+    # would fork a process which has threads (gRPC's among them), where a lock held by a thread is held for ever.
+    import ctypes
+    import json
+    import os
+    import sys
+
+    spec = json.loads(sys.argv[1])
+    argv = sys.argv[2:]
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def must(result: int) -> None:
+        if result != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    doing = f"start {argv[0]}"
+    try:
+        if spec["owner"] is not None:
+            uid, gid, keeps_file_access = spec["owner"]
+            doing = f"become user {uid}"
+            if keeps_file_access:
+                must(libc.prctl(8, 1, 0, 0, 0))  # PR_SET_KEEPCAPS: setuid would clear the permitted set
+            os.setgroups([gid])
+            os.setgid(gid)
+            os.setuid(uid)
+            if keeps_file_access:
+                doing = f"keep CAP_DAC_OVERRIDE as user {uid}"
+                bit = 1 << 1  # CAP_DAC_OVERRIDE; every other capability is given up here
+                must(libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(bit, bit, bit, 0, 0, 0)))
+                must(libc.prctl(47, 2, 1, 0, 0))  # PR_CAP_AMBIENT_RAISE: only the ambient set survives the exec
+            doing = f"start {argv[0]}"
+        # After setuid, which clears it; exec of a program without set-user-id or file capabilities keeps it.
+        must(libc.prctl(1, spec["signal"], 0, 0, 0))  # PR_SET_PDEATHSIG
+        if os.getppid() != spec["parent"]:
+            sys.exit(0)  # the parent died before the line above could see it
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        print(f"cannot {doing}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+_EXEC_GUARDED = inspect.getsource(_exec_guarded) + "\n_exec_guarded()\n"
+
+
+def guarded_argv(argv: Sequence[str], *, on_parent_death: signal.Signals, owner: Owner | None = None) -> list[str]:
+    """Wrap a command so that it gets a signal when its parent dies, and optionally gives up root.
+
+    The kernel sends the signal when the *thread* that spawned the process ends: spawn from a thread that lives as long as
+    the process should. The wrapper is a bare interpreter that replaces itself by the command (measured: 10 ms), so the
+    process id is the command's own. A command that cannot be run prints one line and exits with `BAD_START_CODE`.
+
+    Args:
+        argv: Program (a path, or a name on `PATH`) and arguments.
+        on_parent_death: What the kernel sends to the command.
+        owner: The user it becomes first; only root can do that. None keeps the caller's.
+
+    Returns:
+        The argv to spawn, from this process and no other.
+    """
+    spec = {
+        "parent": os.getpid(),
+        "signal": int(on_parent_death),
+        "owner": [owner.uid, owner.gid, owner.keeps_file_access] if owner else None,
+    }
+    # -I and -S: neither the caller's environment nor its site-packages can change what runs here, perhaps as root.
+    return [sys.executable, "-I", "-S", "-c", _EXEC_GUARDED, json.dumps(spec), *argv]
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process to keep running.
+
+    Attributes:
+        name: Unique within the supervisor.
+        argv: Program and arguments.
+        env: Its whole environment; None inherits the supervisor's.
+    """
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A child runs (again)."""
+
+    name: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A child has ended. `code` is its exit code, or minus the number of the signal that ended it."""
+
+    name: str
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restarting:
+    """A child that ended unexpectedly will be started again after `delay_seconds`."""
+
+    name: str
+    delay_seconds: float
+
+
+Event = Started | Exited | Restarting
+
+
+class Backoff:
+    """How long to wait before the next start: 0.2 s, doubled up to 10 s, and from the front after 30 s of life."""
+
+    def __init__(self) -> None:
+        """Begin at the shortest delay."""
+        self._next_seconds = _FIRST_DELAY_SECONDS
+
+    def after(self, lived_seconds: float) -> float:
+        """Tell the delay after a life of `lived_seconds`, and remember that it was used.
+
+        Args:
+            lived_seconds: From spawn to exit.
+
+        Returns:
+            Seconds to wait.
+        """
+        if lived_seconds >= _SETTLED_AFTER_SECONDS:
+            self._next_seconds = _FIRST_DELAY_SECONDS
+        delay = self._next_seconds
+        self._next_seconds = min(delay * 2, _LONGEST_DELAY_SECONDS)
+        return delay
+
+
+class _Keeper:
+    """One child: its process, its restarts, its lines."""
+
+    def __init__(
+        self, child: Child, on_line: Callable[[str, str], None], on_event: Callable[[Event], None], failed: Callable[[str], None]
+    ) -> None:
+        self._child = child
+        self._on_line = on_line
+        self._on_event = on_event
+        self._failed = failed
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        await self._spawn()
+        self._task = asyncio.create_task(self._keep(), name=f"keep {self._child.name}")
+
+    async def stop(self, grace_seconds: float) -> None:
+        self._stopping.set()
+        if self._task is None:
+            return
+        self._signal(signal.SIGTERM)
+        done, _ = await asyncio.wait({self._task}, timeout=grace_seconds)
+        if not done:
+            self._signal(signal.SIGKILL)
+            await asyncio.wait({self._task})
+        self._task.result()
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None:
+            try:
+                self._process.send_signal(number)
+            except ProcessLookupError:
+                pass  # it ended this moment; _keep sees that
+
+    async def _spawn(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            # SIGKILL: after a killed supervisor nobody is left to end a child whose drain hangs.
+            *guarded_argv(self._child.argv, on_parent_death=signal.SIGKILL),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=self._child.env,
+            process_group=0,
+        )
+        self._on_event(Started(self._child.name, self._process.pid))
+
+    async def _keep(self) -> None:
+        backoff = Backoff()
+        loop = asyncio.get_running_loop()
+        while True:
+            process = self._process
+            assert process is not None and process.stdout is not None
+            began = loop.time()
+            pump = asyncio.create_task(self._pump(process.stdout), name=f"lines of {self._child.name}")
+            code = await process.wait()
+            await asyncio.wait({pump}, timeout=_DRAIN_SECONDS)
+            if not pump.cancel():
+                pump.result()
+            self._on_event(Exited(self._child.name, code))
+            if self._stopping.is_set():
+                return
+            if code == BAD_START_CODE:
+                self._failed(self._child.name)
+                return
+            delay = backoff.after(loop.time() - began)
+            self._on_event(Restarting(self._child.name, delay))
+            try:
+                async with asyncio.timeout(delay):
+                    await self._stopping.wait()
+                return
+            except TimeoutError:
+                await self._spawn()
+            if self._stopping.is_set():
+                # stop() came during the spawn and found no process to signal.
+                self._signal(signal.SIGTERM)
+
+    async def _pump(self, stream: asyncio.StreamReader) -> None:
+        # Not readline(): it raises on a line above its limit and loses the rest. Here such a line comes in pieces.
+        rest = b""
+        while chunk := await stream.read(_LONGEST_LINE_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) >= _LONGEST_LINE_BYTES:
+                lines.append(rest)
+                rest = b""
+            for line in lines:
+                self._on_line(self._child.name, line.decode("utf-8", "replace"))
+        if rest:
+            self._on_line(self._child.name, rest.decode("utf-8", "replace"))
+
+
+class Supervisor:
+    """Runs children until it is stopped or one of them reports a bad start.
+
+    The event loop's thread must live as long as the children: when it ends, the kernel kills them (`guarded_argv`).
+    """
+
+    def __init__(
+        self,
+        children: Sequence[Child],
+        *,
+        on_line: Callable[[str, str], None],
+        on_event: Callable[[Event], None],
+        grace_seconds: float = 15.0,
+    ) -> None:
+        """Take the children; nothing is started yet.
+
+        Args:
+            children: In start order; they are stopped in the reverse order.
+            on_line: Called in the loop with the child's name and one line of its stdout or stderr, without its end. Lines
+                above 64 KiB come in pieces; bytes that are not UTF-8 come replaced. It must not raise.
+            on_event: Called in the loop for each change of a child. It must not raise.
+            grace_seconds: How long each child may take from SIGTERM to its exit before it gets SIGKILL.
+
+        Raises:
+            ValueError: Two children share a name.
+        """
+        self._bad_start: str | None = None
+        self._ended = asyncio.Event()
+        self._stopping: asyncio.Task[None] | None = None
+        self._grace_seconds = grace_seconds
+        self._keepers = {child.name: _Keeper(child, on_line, on_event, self._fail) for child in children}
+        if len(self._keepers) != len(children):
+            raise ValueError("children must have different names")
+
+    async def start(self) -> None:
+        """Spawn every child in order, without waiting for any to be ready. Call it once.
+
+        Raises:
+            OSError: A process cannot be spawned at all (no memory, no process ids). Those already started are stopped.
+        """
+        try:
+            for keeper in self._keepers.values():
+                if self._stopping is not None:
+                    return
+                await keeper.start()
+        except OSError:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stop every child in reverse start order: SIGTERM, a bounded wait, SIGKILL, and only then the next.
+
+        Idempotent: later and concurrent calls wait for the first. Harmless before `start`.
+        """
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(), name="stop children")
+        await asyncio.shield(self._stopping)
+
+    async def wait(self) -> None:
+        """Wait until every child has been stopped, whoever asked for it.
+
+        Raises:
+            LauncherError: A child exited with `BAD_START_CODE`, and so all were stopped.
+        """
+        await self._ended.wait()
+        if self._bad_start is not None:
+            raise LauncherError(
+                f"{self._bad_start} refused to start (exit code {BAD_START_CODE})",
+                "its last line above says why; everything else was stopped",
+            )
+
+    def pid(self, name: str) -> int | None:
+        """Tell a child's process id.
+
+        Args:
+            name: The child's name.
+
+        Returns:
+            The id, or None while it does not run (not started, between two starts, stopped).
+
+        Raises:
+            KeyError: No child has this name.
+        """
+        return self._keepers[name].pid
+
+    def kill(self, name: str) -> None:
+        """Send SIGKILL to one child, as a fault; it is started again like after any crash. Nothing if it does not run.
+
+        Args:
+            name: The child's name.
+
+        Raises:
+            KeyError: No child has this name.
+        """
+        self._keepers[name].kill()
+
+    async def _stop(self) -> None:
+        for keeper in reversed(self._keepers.values()):
+            await keeper.stop(self._grace_seconds)
+        self._ended.set()
+
+    def _fail(self, name: str) -> None:
+        if self._bad_start is None and self._stopping is None:
+            self._bad_start = name
+            self._stopping = asyncio.create_task(self._stop(), name="stop children")

@@ -1,0 +1,42 @@
+"""Page tokens: the last key of a page, bound to the request it belongs to."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+
+from services.errors import InvalidPageToken
+
+
+def encode(position: list[str | int], scope: str) -> str:
+    """Returns the token that continues after `position`.
+
+    Args:
+        position: The key of the page's last row.
+        scope: Everything that must be the same on the next page: method and filters.
+    """
+    body = json.dumps([_digest(scope), *position], separators=(",", ":")).encode()
+    return base64.urlsafe_b64encode(body).decode()
+
+
+def decode(token: str, scope: str) -> list[str | int] | None:
+    """Returns the position of a token, or None for the first page.
+
+    Raises:
+        InvalidPageToken: the token is damaged or belongs to another scope.
+    """
+    if not token:
+        return None
+    try:
+        digest, *position = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
+    except (ValueError, TypeError, binascii.Error, RecursionError):
+        digest, position = "", []
+    if digest != _digest(scope) or not all(isinstance(part, str | int) for part in position):
+        raise InvalidPageToken("page_token was not given for this request: begin again without one")
+    return position
+
+
+def _digest(scope: str) -> str:
+    return hashlib.sha256(scope.encode()).hexdigest()[:16]
