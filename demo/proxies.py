@@ -1,9 +1,10 @@
 """The exits of the demo: real forward proxies on loopback, one process of the package proxy.py each.
 
-What a proxy relayed is read from its own access log, so the summary can compare it with what the workers say they fetched.
+What a proxy relayed is read from its own access log, so the summary can compare it with what the workers say they
+fetched.
 
-Every child process of the demo's surroundings is started by `child_command`. Such a child is told by the kernel (on Linux)
-when its parent is gone, so that a demo killed with `kill -9` leaves nothing behind.
+Every child process of the demo's surroundings is started by `child_command`. Such a child is told by the kernel (on
+Linux) when its parent is gone, so that a demo killed with `kill -9` leaves nothing behind.
 """
 
 import asyncio
@@ -27,8 +28,8 @@ if os.getppid() != parent:
     sys.exit("the process that started this one is gone")
 """
 
-# proxy.py starts its acceptor with multiprocessing. Python 3.14 would do that through a fork server, a third process that
-# outlives a killed proxy; at this point the process has one thread, so a plain fork is safe.
+# proxy.py starts its acceptor with multiprocessing. Python 3.14 would do that through a fork server, a third process
+# that outlives a killed proxy; at this point the process has one thread, so a plain fork is safe.
 _RUN_PROXY = """\
 import multiprocessing
 multiprocessing.set_start_method("fork")
@@ -71,6 +72,32 @@ def child_command(
     """
     ids = (str(os.getpid()), str(int(death_signal)))
     return [sys.executable, *interpreter_flags, "-c", _TIE_TO_PARENT + code, *ids, *arguments]
+
+
+async def start_child(code: str, *arguments: str, error_path: Path) -> asyncio.subprocess.Process:
+    """Start a Python child that leads its own process group and writes what it prints to a file.
+
+    Args:
+        code: Python source which the child runs in the folder that holds the package `demo`.
+        arguments: The child's own arguments.
+        error_path: Where its output and errors go; replaced.
+
+    Returns:
+        The child, to be stopped with `stop_child`.
+
+    Raises:
+        OSError: The file cannot be written, or the process cannot be started.
+    """
+    with error_path.open("wb") as errors:
+        return await asyncio.create_subprocess_exec(
+            *child_command(code, *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            cwd=Path(__file__).parent.parent,
+            # Ctrl-C on the terminal reaches the demo alone, which then stops its children in order.
+            start_new_session=True,
+        )
 
 
 async def stop_child(process: asyncio.subprocess.Process, grace_seconds: float) -> None:
@@ -194,11 +221,12 @@ async def running_proxies(count: int, folder: Path) -> AsyncIterator[list[Runnin
 
 
 async def _start(name: str, folder: Path) -> RunningProxy:
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     log_path, port_path, error_path = folder / "proxy.log", folder / "port", folder / "stderr.log"
     log_path.unlink(missing_ok=True)
     port_path.unlink(missing_ok=True)
-    command = child_command(
+    process = await start_child(
         _RUN_PROXY,
         *("--hostname", "127.0.0.1", "--port", "0", "--port-file", str(port_path)),
         *("--num-acceptors", "1", "--num-workers", "1"),
@@ -210,11 +238,8 @@ async def _start(name: str, folder: Path) -> RunningProxy:
         # By default all of these are in the home folder.
         *("--data-dir", str(folder / "data"), "--ca-cert-dir", str(folder / "certificates")),
         *("--cache-dir", str(folder / "cache")),
+        error_path=error_path,
     )
-    with error_path.open("wb") as errors:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True
-        )
     try:
         async with asyncio.timeout(_START_SECONDS):
             port = await _answering_port(process, port_path)

@@ -1,11 +1,11 @@
 """The site of the demo: Python's own documentation as `pydoc` serves it, behind a small front.
 
-`pydoc` renders its pages by importing the module, and its keyword search reads the first line of every module; both are
-real and unchanged. The child sees the standard library alone, so that the pages are the same whatever else is installed.
+`pydoc` renders a page by importing the module, and its keyword search reads the first line of every module; both are
+real and unchanged. The child sees the standard library alone, so the pages do not depend on what else is installed.
 
-The front gives what a crawler meets on a site and pydoc lacks: a session cookie, robots.txt, status codes, and now and then
-a 429 with Retry-After. pydoc answers one request at a time and needs 5 to 350 ms for a page, so the front keeps what it
-rendered in a bounded cache; each page and each keyword goes through pydoc at least once.
+The front gives what a crawler meets on a site and pydoc lacks: a session cookie, robots.txt, status codes, and now and
+then a 429 with Retry-After. pydoc answers one request at a time and needs 5 to 350 ms for a page, so the front keeps
+what it rendered in a bounded cache; each page and each keyword goes through pydoc at least once.
 
     python -m demo.site --port 0 --ready-file FILE
 """
@@ -21,28 +21,30 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import aiohttp
 from aiohttp import web
 
-from demo.proxies import ChildFailed, child_command, stop_child
+from demo.proxies import ChildFailed, child_command, start_child, stop_child
 
 SESSION_COOKIE = "sid"
 VISITS_COOKIE = "visits"
 
-# Reading standard input is how pydoc's server waits to be told to quit: it also ends when the front's end of the pipe does.
+# pydoc's server waits for its user on standard input: it also ends when the front's end of that pipe is gone.
 _RUN_PYDOC = """\
 import pydoc
 pydoc.browse(0, hostname="127.0.0.1", open_browser=False)
 """
 _RUN_SITE = """\
-import runpy
-runpy.run_module("demo.site", run_name="__main__", alter_sys=True)
+from demo.site import main
+sys.exit(main())
 """
 
 # To show a module is to import it, and importing these opens a window or a browser, or prints to the terminal.
@@ -50,14 +52,18 @@ _CLOSED_PREFIXES = ("/antigravity.", "/idlelib", "/this.", "/tkinter", "/turtle"
 # Suites and programs: importing them runs something. Two levels reach all of the standard library's.
 _CLOSED_PATTERNS = ("*/test", "*/tests", "*/__main__.py", "*/*/__main__.py")
 
-_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+# pydoc reads any style sheet which a path or a query ending in .css leads to: a key has no dots.
+_KEY = re.compile(r"\w{1,64}", re.ASCII)
+_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _STYLE_SHEET = "/pydoc_data/_pydoc.css"
 _ERROR_TITLE = b"<title>Pydoc: Error - "
 
-# A run of the whole demo fills about 20 MB.
+# A run of the whole demo fills about 7 MB; this is for those who look around in a browser.
 _CACHE_BYTES = 64 * 1024 * 1024
 _MAX_VISITORS = 10_000
+_YEAR_SECONDS = 365 * 86_400
+_CLOSED_TEXT = "This page is not shown; see /robots.txt.\n"
 _RENDER_SECONDS = 30.0
 _START_SECONDS = 20.0
 _STOP_SECONDS = 3.0
@@ -67,65 +73,31 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page as pydoc rendered it.
-
-    Attributes:
-        status: 200, or 404 for what pydoc shows as an error page under status 200.
-        content_type: Its media type.
-        body: Its bytes, in UTF-8.
-    """
+    """A page as pydoc rendered it, in UTF-8; its error pages, which come as 200, have the status 404 here."""
 
     status: int
     content_type: str
     body: bytes
 
 
-class PageCache:
-    """The pages used last, up to a size in bytes."""
+@dataclass(frozen=True, slots=True)
+class RunningSite:
+    """The site's base URL, without a slash at the end, and the id of the front's process, whose child is pydoc."""
 
-    def __init__(self, max_bytes: int) -> None:
-        """Make an empty cache.
-
-        Args:
-            max_bytes: The most all bodies may take together; a page larger than this is not kept.
-        """
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._pages: OrderedDict[str, Page] = OrderedDict()
-
-    def get(self, path: str) -> Page | None:
-        """Return the page, which becomes the one used last, or None."""
-        page = self._pages.get(path)
-        if page is not None:
-            self._pages.move_to_end(path)
-        return page
-
-    def put(self, path: str, page: Page) -> None:
-        """Keep a page in place of those unused the longest."""
-        replaced = self._pages.pop(path, None)
-        self._bytes += len(page.body) - (len(replaced.body) if replaced else 0)
-        self._pages[path] = page
-        while self._bytes > self._max_bytes:
-            _, dropped = self._pages.popitem(last=False)
-            self._bytes -= len(dropped.body)
+    url: str
+    pid: int
 
 
 class Pydoc:
-    """pydoc's own HTTP server in a child process, and the pages it has rendered."""
+    """pydoc's own HTTP server in a child process, and the pages it has rendered last."""
 
-    def __init__(self, process: asyncio.subprocess.Process, url: str, cache: PageCache) -> None:
-        """Take over a running server; `run_pydoc` makes one.
-
-        Args:
-            process: The server's process, which the caller stops.
-            url: Its base URL, without a slash at the end.
-            cache: Where rendered pages are kept.
-        """
-        self.process = process
-        self._url = url
-        self._cache = cache
+    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
+        """Take over a server that answers at `url` (no slash at the end); the caller stops its process."""
+        self.process, self._url = process, url
         self._turn = asyncio.Lock()
         self._client = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_RENDER_SECONDS))
+        self._cache: OrderedDict[str, Page] = OrderedDict()
+        self._cached_bytes = 0
 
     async def page(self, path: str) -> Page:
         """Return a page, rendered now or before.
@@ -137,22 +109,29 @@ class Pydoc:
             aiohttp.ClientError: pydoc does not answer properly.
             TimeoutError: pydoc took more than 30 s.
         """
-        if (page := self._cache.get(path)) is not None:
-            return page
         # pydoc takes one request at a time anyway; waiting here also lets those who want the same page render it once.
-        async with self._turn:
-            if (page := self._cache.get(path)) is not None:
-                return page
-            async with self._client.get(self._url + path) as answer:
-                body = await answer.read()
-                status = 404 if _ERROR_TITLE in body[:1024] else answer.status
-                page = Page(status, answer.content_type, body)
-            self._cache.put(path, page)
-            return page
+        if path not in self._cache:
+            async with self._turn:
+                if path not in self._cache:
+                    self._keep(path, await self._render(path))
+        self._cache.move_to_end(path)
+        return self._cache[path]
 
     async def close(self) -> None:
         """Close the connections to the server. The process goes on."""
         await self._client.close()
+
+    async def _render(self, path: str) -> Page:
+        async with self._client.get(self._url + path) as answer:
+            body = await answer.read()
+            return Page(404 if _ERROR_TITLE in body[:1024] else answer.status, answer.content_type, body)
+
+    def _keep(self, path: str, page: Page) -> None:
+        self._cache[path] = page
+        self._cached_bytes += len(page.body)
+        while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= len(dropped.body)
 
 
 @asynccontextmanager
@@ -170,19 +149,19 @@ async def run_pydoc() -> AsyncIterator[Pydoc]:
     process = await asyncio.create_subprocess_exec(
         *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    drain: asyncio.Task[None] | None = None
+    drain: asyncio.Task[bytes] | None = None
     try:
-        assert process.stdout is not None, "asked for above"
+        output = cast(asyncio.StreamReader, process.stdout)
         try:
-            line = await asyncio.wait_for(process.stdout.readline(), _START_SECONDS)
+            line = await asyncio.wait_for(output.readline(), _START_SECONDS)
         except TimeoutError as late:
             raise ChildFailed(f"pydoc gave no address within {_START_SECONDS:.0f} s") from late
         match = re.search(rb"http://\S+", line)
         if match is None:
             raise ChildFailed(f"pydoc said {line.decode(errors='replace').strip()!r} instead of its address")
         # A module may print while it is imported; a full pipe would stop the server.
-        drain = asyncio.create_task(_drain(process.stdout))
-        pydoc = Pydoc(process, match[0].decode().rstrip("/"), PageCache(_CACHE_BYTES))
+        drain = asyncio.create_task(output.read())
+        pydoc = Pydoc(process, match[0].decode().rstrip("/"))
         try:
             yield pydoc
         finally:
@@ -191,11 +170,6 @@ async def run_pydoc() -> AsyncIterator[Pydoc]:
         await stop_child(process, _STOP_SECONDS)
         if drain is not None:
             await drain
-
-
-async def _drain(stream: asyncio.StreamReader) -> None:
-    while await stream.read(65536):
-        pass
 
 
 def closed_prefixes(library: Path) -> tuple[str, ...]:
@@ -252,13 +226,12 @@ class Front:
         async def handle(request: web.Request) -> web.StreamResponse:
             if self.chance.random() < self.busy_rate:
                 wait = {"Retry-After": str(self.retry_after_seconds)}
-                return web.Response(status=429, text="Too many requests; please come back later.\n", headers=wait)
+                return web.Response(status=429, text="Too many requests.\n", headers=wait)
             sent = request.cookies.get(SESSION_COOKIE, "")
             # A well-formed session of an earlier run of the site is taken up: the workers' profiles outlive it.
-            session = sent if _SESSION.fullmatch(sent) else secrets.token_hex(16)
-            request["session"] = session
+            request["session"] = session = sent if _SESSION.fullmatch(sent) else secrets.token_hex(16)
             response = await handler(request)
-            response.set_cookie(SESSION_COOKIE, session, max_age=86400 * 365, httponly=True, samesite="Lax")
+            response.set_cookie(SESSION_COOKIE, session, max_age=_YEAR_SECONDS, httponly=True, samesite="Lax")
             return response
 
         return handle
@@ -266,33 +239,33 @@ class Front:
     async def _search(self, request: web.Request) -> web.StreamResponse:
         key = request.query.get("key", "")
         # pydoc takes the key as it stands in the URL, without decoding it.
-        if not re.fullmatch(r"[\w.]{1,64}", key, re.ASCII):
-            return web.Response(status=400, text="The key is one word of ASCII letters, digits, dots and underscores.\n")
+        if not _KEY.fullmatch(key):
+            return web.Response(status=400, text="The key is one word of ASCII letters, digits and underscores.\n")
         response = await self._page(f"/search?key={key}")
         if response.status == 200:
             session = str(request["session"])
-            count = self.visits.pop(session, 0) + 1
-            self.visits[session] = count
+            self.visits[session] = count = self.visits.pop(session, 0) + 1
             if len(self.visits) > _MAX_VISITORS:
                 self.visits.popitem(last=False)
-            response.set_cookie(VISITS_COOKIE, str(count), max_age=86400 * 365, samesite="Lax")
+            response.set_cookie(VISITS_COOKIE, str(count), max_age=_YEAR_SECONDS, samesite="Lax")
         return response
 
     async def _topic(self, request: web.Request) -> web.StreamResponse:
         key = request.query.get("key", "")
+        if not _KEY.fullmatch(key):
+            return web.Response(status=404, text="There is no such topic.\n")
         # pydoc shows the module of that name when there is no such topic.
-        if self._is_closed(f"/{key}.html"):
-            return _closed()
-        # Topics such as `+=` stand in the links of the site undecoded as well.
-        return await self._page("/topic?" + request.rel_url.raw_query_string)
+        if f"/{key}.html".startswith(self.closed):
+            return web.Response(status=403, text=_CLOSED_TEXT)
+        return await self._page(f"/topic?key={key}")
 
     async def _document(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info.get("name", "index")
-        path = f"/{name}.html"
         if not _NAME.fullmatch(name):
             return web.Response(status=404, text="There is no such page.\n")
-        if self._is_closed(path):
-            return _closed()
+        path = f"/{name}.html"
+        if path.startswith(self.closed):
+            return web.Response(status=403, text=_CLOSED_TEXT)
         return await self._page(path)
 
     async def _style(self, request: web.Request) -> web.StreamResponse:
@@ -304,9 +277,6 @@ class Front:
     async def _visits(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(dict(self.visits))
 
-    def _is_closed(self, path: str) -> bool:
-        return path.startswith(self.closed)
-
     async def _page(self, path: str) -> web.Response:
         try:
             page = await self.pydoc.page(path)
@@ -317,13 +287,7 @@ class Front:
         return web.Response(status=page.status, body=page.body, content_type=page.content_type, charset="utf-8")
 
 
-def _closed() -> web.Response:
-    return web.Response(status=403, text="This page is not shown; see /robots.txt.\n")
-
-
-async def serve(
-    port: int, ready_file: Path | None, *, busy_rate: float, retry_after_seconds: int, seed: int
-) -> int:
+async def serve(port: int, ready_file: Path | None, *, busy_rate: float, retry_after_seconds: int, seed: int) -> int:
     """Run the site until SIGTERM or SIGINT.
 
     Args:
@@ -346,17 +310,16 @@ async def serve(
         loop.add_signal_handler(signal_number, told.set)
     async with run_pydoc() as pydoc:
         closed = closed_prefixes(Path(sysconfig.get_path("stdlib")))
-        # Not for secrets: the same seed is to shed the same requests.
-        front = Front(pydoc, closed, busy_rate, retry_after_seconds, random.Random(seed))  # noqa: S311
+        front = Front(pydoc, closed, busy_rate, retry_after_seconds, random.Random(seed))
         runner = web.AppRunner(front.application(), access_log=None)
         await runner.setup()
         try:
             site = web.TCPSite(runner, "127.0.0.1", port, shutdown_timeout=1.0)
             await site.start()
             _announce(f"http://127.0.0.1:{runner.addresses[0][1]}", ready_file)
-            waits = [asyncio.create_task(told.wait()), asyncio.create_task(pydoc.process.wait())]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
+            ends = [asyncio.create_task(wait) for wait in (told.wait(), pydoc.process.wait())]
+            _, waiting = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waiting:
                 wait.cancel()
         finally:
             await runner.cleanup()
@@ -369,8 +332,69 @@ async def serve(
 def _announce(url: str, ready_file: Path | None) -> None:
     text = json.dumps({"url": url, "pid": os.getpid()})
     if ready_file is None:
-        print(text, flush=True)
-        return
+        return print(text, flush=True)
     draft = ready_file.with_name(ready_file.name + ".draft")
     draft.write_text(text)
     draft.replace(ready_file)
+
+
+@asynccontextmanager
+async def running_site(
+    folder: Path, *, busy_rate: float = 0.02, retry_after_seconds: int = 1, seed: int = 1
+) -> AsyncIterator[RunningSite]:
+    """Run the site in a process of its own for the length of a block.
+
+    Args:
+        folder: Where it keeps its ready file and its errors; made if absent.
+        busy_rate: As for `serve`.
+        retry_after_seconds: As for `serve`.
+        seed: As for `serve`.
+
+    Yields:
+        The site, which answers.
+
+    Raises:
+        ChildFailed: It did not come up.
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ready, error_path = folder.resolve() / "ready.json", folder / "stderr.log"
+    ready.unlink(missing_ok=True)
+    process = await start_child(
+        _RUN_SITE,
+        *("--ready-file", str(ready), "--busy-rate", str(busy_rate)),
+        *("--retry-after-seconds", str(retry_after_seconds), "--seed", str(seed)),
+        error_path=error_path,
+    )
+    deadline = time.monotonic() + _START_SECONDS
+    try:
+        while not ready.exists():
+            if process.returncode is not None or time.monotonic() > deadline:
+                raise ChildFailed(f"the site did not come up; see {error_path}")
+            await asyncio.sleep(0.01)
+        yield RunningSite(json.loads(ready.read_text())["url"], process.pid)
+    finally:
+        await stop_child(process, 2 * _STOP_SECONDS)
+
+
+def main() -> int:
+    """Run the site as a command.
+
+    Returns:
+        The exit code: 0 when told to stop, 1 when pydoc failed, 2 when it cannot start.
+    """
+    parser = argparse.ArgumentParser(prog="python -m demo.site", description="Python's documentation as a site.")
+    parser.add_argument("--port", type=int, default=0, help="on 127.0.0.1; 0 takes a free one")
+    parser.add_argument("--ready-file", type=Path, help="where to write the URL as JSON; default: standard output")
+    parser.add_argument("--busy-rate", type=float, default=0.02, help="share of page requests answered with 429")
+    parser.add_argument("--retry-after-seconds", type=int, default=1, help="what a 429 asks the client to wait")
+    parser.add_argument("--seed", type=int, default=1, help="of the choice of these requests")
+    try:
+        return asyncio.run(serve(**vars(parser.parse_args())))
+    except (ChildFailed, OSError) as cause:
+        print(f"the site cannot start: {cause}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -89,7 +89,7 @@ class Coalescer(Generic[Item, Result]):
     async def _drain(self) -> None:
         try:
             while self._waiting:
-                batch = []
+                batch: list[tuple[Item, asyncio.Future[Result]]] = []
                 while self._waiting and len(batch) < self._max_batch:
                     item, future = self._waiting.popleft()
                     if not future.cancelled():

@@ -1,4 +1,4 @@
-"""Domain errors: a reason, a message and metadata. What status code a reason becomes is decided in `services.status`."""
+"""Domain errors: a reason, a message and metadata. `services.status` decides what status code a reason becomes."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def decode(token: str, scope: str) -> list[str | int] | None:
         digest, position = "", []
     if digest != _digest(scope) or not all(isinstance(part, str | int) for part in position):
         raise InvalidPageToken("page_token was not given for this request: begin again without one")
-    return position
+    found: list[str | int] = position
+    return found
 
 
 def _digest(scope: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2
@@ -12,6 +12,12 @@ from muster.errors.v1 import error_reason_pb2
 from services.errors import DomainError, InvalidField
 
 DOMAIN = "muster"
+
+if TYPE_CHECKING:
+    # Generic for the type checker only.
+    Context = grpc.aio.ServicerContext[Any, Any]
+else:
+    Context = grpc.aio.ServicerContext
 
 _CODES: dict[str, grpc.StatusCode] = {
     "INVALID_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
@@ -78,7 +84,7 @@ def code_number(reason: str) -> int:
     return number
 
 
-async def abort(context: grpc.aio.ServicerContext, error: DomainError, request_id: str) -> NoReturn:
+async def abort(context: Context, error: DomainError, request_id: str) -> NoReturn:
     """Ends the call with the error's status, its ErrorInfo, field violations and RetryInfo."""
     code = code_of(error.reason)
     status = status_pb2.Status(code=code.value[0], message=error.message)

@@ -6,6 +6,8 @@ In a checkout the contracts lie in ``../../protos``; an sdist carries its own co
 
 from __future__ import annotations
 
+import filecmp
+import os
 import shutil
 import subprocess
 import sys
@@ -47,40 +49,57 @@ def generate(into: Path) -> list[Path]:
             *protos,
         ]
         # protoc finds the mypy plugins on PATH; in a virtual environment they lie beside the interpreter.
-        path = f"{Path(sys.executable).parent}:{_path()}"
-        subprocess.run(command, check=True, cwd=root, env={"PATH": path, **_python_path()})
-        made = sorted(Path(scratch).rglob("*.py*"))
-        for package in {file.parent for file in made}:
-            (package / "__init__.py").touch()
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        subprocess.run(command, check=True, cwd=root, env={**os.environ, "PATH": path})
+        packages = sorted({file.parent.relative_to(scratch) for file in Path(scratch).rglob("*.py*")})
         written = []
-        for folder in sorted({file.parent.relative_to(scratch) for file in made}):
-            target = into / folder
+        for package in packages:
+            (scratch / package / "__init__.py").touch()
+            target = into / package
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(Path(scratch) / folder, target)
+            shutil.copytree(scratch / package, target)
             written += sorted(target.iterdir())
     return written
 
 
-def _path() -> str:
-    import os
-
-    return os.environ.get("PATH", "")
-
-
-def _python_path() -> dict[str, str]:
-    import os
-
-    # An isolated build puts its requirements on PYTHONPATH, and the plugins are Python programs.
-    return {key: os.environ[key] for key in ("PYTHONPATH", "HOME") if key in os.environ}
+def stale() -> list[Path]:
+    """Returns the generated files in this checkout that differ from what their contracts give now."""
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = generate(Path(scratch))
+        names = {file.relative_to(scratch) for file in fresh}
+        present = {
+            file.relative_to(HERE)
+            for file in HERE.glob("muster/*/v1/*")
+            if file.is_file() and file.suffix in (".py", ".pyi")
+        }
+        return sorted(
+            name
+            for name in names | present
+            if name not in names
+            or name not in present
+            or not filecmp.cmp(Path(scratch) / name, HERE / name, shallow=False)
+        )
 
 
 class StubHook(BuildHookInterface[Any]):
     """Generates the stubs before hatchling collects files, for wheels, sdists and editable installs."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called by hatchling."""
         generate(HERE)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Generates the stubs, or with ``--check`` says which are stale; returns the exit code."""
+    if arguments == ["--check"]:
+        different = stale()
+        for file in different:
+            print(f"stale: {file} (run `make proto`)")
+        return 1 if different else 0
     for file in generate(HERE):
         print(file.relative_to(HERE))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,8 +4,8 @@
 class LauncherError(Exception):
     """A part of the suite cannot start or stop.
 
-    The message is one line for the operator: it names the cause and then the mend. The command line prints it as it stands
-    and exits with code 2.
+    The message is one line for the operator: it names the cause and then the mend. The command line prints it as it
+    stands and exits with code 2.
     """
 
     def __init__(self, cause: str, mend: str) -> None:

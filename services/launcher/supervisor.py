@@ -10,19 +10,21 @@ A child's life:
      +------------- stopping: every child is stopped, wait() raises
 ```
 
-Guarantees: a child runs in a process group of its own, so Ctrl-C reaches only the supervisor, which then stops the children
-in order; a child dies with the supervisor, also when that is killed with SIGKILL. Not guaranteed: that what a child
-itself has started dies with it. Linux only, by `PR_SET_PDEATHSIG`.
+Guarantees: a child runs in a process group of its own, so Ctrl-C reaches only the supervisor, which then stops the
+children in order; a child dies with the supervisor, also when that is killed with SIGKILL. Not guaranteed: that what a
+child itself has started dies with it. Linux only, by `PR_SET_PDEATHSIG`.
 """
 
 import asyncio
+import contextlib
 import inspect
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from services.launcher.errors import LauncherError
 
@@ -88,10 +90,10 @@ def _exec_guarded() -> None:
         must(libc.prctl(1, spec["signal"], 0, 0, 0))  # PR_SET_PDEATHSIG
         if os.getppid() != spec["parent"]:
             sys.exit(0)  # the parent died before the line above could see it
-        os.execvp(argv[0], argv)
+        os.execvp(argv[0], argv)  # noqa: S606  # a shell between would be the parent
     except OSError as error:
-        print(f"cannot {doing}: {error.strerror}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        print(f"cannot {doing}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201  # no logging in a bare
+        interpreter sys.exit(2)
 
 
 _EXEC_GUARDED = inspect.getsource(_exec_guarded) + "\n_exec_guarded()\n"
@@ -100,9 +102,9 @@ _EXEC_GUARDED = inspect.getsource(_exec_guarded) + "\n_exec_guarded()\n"
 def guarded_argv(argv: Sequence[str], *, on_parent_death: signal.Signals, owner: Owner | None = None) -> list[str]:
     """Wrap a command so that it gets a signal when its parent dies, and optionally gives up root.
 
-    The kernel sends the signal when the *thread* that spawned the process ends: spawn from a thread that lives as long as
-    the process should. The wrapper is a bare interpreter that replaces itself by the command (measured: 10 ms), so the
-    process id is the command's own. A command that cannot be run prints one line and exits with `BAD_START_CODE`.
+    The kernel sends the signal when the *thread* that spawned the process ends: spawn from a thread that lives as long
+    as the process should. The wrapper is a bare interpreter that replaces itself by the command (measured: 10 ms), so
+    the process id is the command's own. A command that cannot be run prints one line and exits with `BAD_START_CODE`.
 
     Args:
         argv: Program (a path, or a name on `PATH`) and arguments.
@@ -190,12 +192,16 @@ class _Keeper:
     """One child: its process, its restarts, its lines."""
 
     def __init__(
-        self, child: Child, on_line: Callable[[str, str], None], on_event: Callable[[Event], None], failed: Callable[[str], None]
+        self,
+        child: Child,
+        on_line: Callable[[str, str], None],
+        on_event: Callable[[Event], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         self._child = child
         self._on_line = on_line
         self._on_event = on_event
-        self._failed = failed
+        self._on_failure = on_failure
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -206,28 +212,34 @@ class _Keeper:
 
     async def start(self) -> None:
         await self._spawn()
-        self._task = asyncio.create_task(self._keep(), name=f"keep {self._child.name}")
+        self._task = self._background(self._keep(), f"keep {self._child.name}")
 
     async def stop(self, grace_seconds: float) -> None:
         self._stopping.set()
         if self._task is None:
             return
-        self._signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
         done, _ = await asyncio.wait({self._task}, timeout=grace_seconds)
         if not done:
-            self._signal(signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             await asyncio.wait({self._task})
-        self._task.result()
-
-    def kill(self) -> None:
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:
-            try:
+            self.signal(signal.SIGKILL)  # _keep failed and left it running
+            await self._process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):  # it ended this moment; _keep sees that
                 self._process.send_signal(number)
-            except ProcessLookupError:
-                pass  # it ended this moment; _keep sees that
+
+    def _background(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._report)
+        return task
+
+    def _report(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_failure(error)
 
     async def _spawn(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
@@ -246,30 +258,37 @@ class _Keeper:
         loop = asyncio.get_running_loop()
         while True:
             process = self._process
-            assert process is not None and process.stdout is not None
+            assert process is not None
+            assert process.stdout is not None
             began = loop.time()
-            pump = asyncio.create_task(self._pump(process.stdout), name=f"lines of {self._child.name}")
+            pump = self._background(self._pump(process.stdout), f"lines of {self._child.name}")
             code = await process.wait()
             await asyncio.wait({pump}, timeout=_DRAIN_SECONDS)
-            if not pump.cancel():
-                pump.result()
+            pump.cancel()
             self._on_event(Exited(self._child.name, code))
             if self._stopping.is_set():
                 return
             if code == BAD_START_CODE:
-                self._failed(self._child.name)
-                return
-            delay = backoff.after(loop.time() - began)
-            self._on_event(Restarting(self._child.name, delay))
-            try:
-                async with asyncio.timeout(delay):
-                    await self._stopping.wait()
-                return
-            except TimeoutError:
-                await self._spawn()
+                raise LauncherError(
+                    f"{self._child.name} refused to start (exit code {code})",
+                    "its last line above says why; everything else was stopped",
+                )
+            lived_seconds = loop.time() - began
+            while self._process is process:
+                delay = backoff.after(lived_seconds)
+                self._on_event(Restarting(self._child.name, delay))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(delay):
+                        await self._stopping.wait()
+                    return
+                try:
+                    await self._spawn()
+                except OSError as error:
+                    # Out of memory or process ids: a state of the machine that passes, unlike a bad start.
+                    self._on_line(self._child.name, f"cannot spawn: {error.strerror}")
+                    lived_seconds = 0.0
             if self._stopping.is_set():
-                # stop() came during the spawn and found no process to signal.
-                self._signal(signal.SIGTERM)
+                self.signal(signal.SIGTERM)  # stop() came during the spawn and found no process to signal
 
     async def _pump(self, stream: asyncio.StreamReader) -> None:
         # Not readline(): it raises on a line above its limit and loses the rest. Here such a line comes in pieces.
@@ -303,15 +322,16 @@ class Supervisor:
 
         Args:
             children: In start order; they are stopped in the reverse order.
-            on_line: Called in the loop with the child's name and one line of its stdout or stderr, without its end. Lines
-                above 64 KiB come in pieces; bytes that are not UTF-8 come replaced. It must not raise.
-            on_event: Called in the loop for each change of a child. It must not raise.
+            on_line: Called in the loop with the child's name and one line of its stdout or stderr, without its end.
+                Lines above 64 KiB come in pieces; bytes that are not UTF-8 come replaced. If it raises, all stop and
+                `wait` raises that.
+            on_event: Called in the loop for each change of a child. If it raises, all stop and `wait` raises that.
             grace_seconds: How long each child may take from SIGTERM to its exit before it gets SIGKILL.
 
         Raises:
             ValueError: Two children share a name.
         """
-        self._bad_start: str | None = None
+        self._failure: BaseException | None = None
         self._ended = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
         self._grace_seconds = grace_seconds
@@ -348,13 +368,11 @@ class Supervisor:
 
         Raises:
             LauncherError: A child exited with `BAD_START_CODE`, and so all were stopped.
+            Exception: A callback raised this, and so all were stopped.
         """
         await self._ended.wait()
-        if self._bad_start is not None:
-            raise LauncherError(
-                f"{self._bad_start} refused to start (exit code {BAD_START_CODE})",
-                "its last line above says why; everything else was stopped",
-            )
+        if self._failure is not None:
+            raise self._failure
 
     def pid(self, name: str) -> int | None:
         """Tell a child's process id.
@@ -379,14 +397,14 @@ class Supervisor:
         Raises:
             KeyError: No child has this name.
         """
-        self._keepers[name].kill()
+        self._keepers[name].signal(signal.SIGKILL)
 
     async def _stop(self) -> None:
         for keeper in reversed(self._keepers.values()):
             await keeper.stop(self._grace_seconds)
         self._ended.set()
 
-    def _fail(self, name: str) -> None:
-        if self._bad_start is None and self._stopping is None:
-            self._bad_start = name
+    def _fail(self, error: BaseException) -> None:
+        if self._stopping is None:
+            self._failure = error
             self._stopping = asyncio.create_task(self._stop(), name="stop children")

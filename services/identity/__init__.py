@@ -1,0 +1,1 @@
+"""Organizations and API keys: who may call the suite. Owns the schema "identity"."""
