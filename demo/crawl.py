@@ -139,7 +139,6 @@ async def crawl(
     """
     if max_pages < 1:
         raise ValueError(f"max_pages is {max_pages}, and must be at least 1")
-    profile.mkdir(parents=True, exist_ok=True)
     jar = load_jar(profile)
     manners = manners or Manners()
     # proxy.py logs connections, not requests: one of each makes its log comparable with `CrawlOutcome.requests`.
@@ -318,6 +317,7 @@ def save_jar(jar: aiohttp.CookieJar, profile: Path, *, last_keyword: str) -> Non
     """Save the cookie jar and a note about its last use into a profile folder.
 
     Each file is replaced as a whole, so that a crawl killed meanwhile leaves the one or the other, and never half.
+    The folder is made if absent.
 
     Args:
         jar: The jar.
@@ -327,6 +327,7 @@ def save_jar(jar: aiohttp.CookieJar, profile: Path, *, last_keyword: str) -> Non
     Raises:
         OSError: The folder cannot be written.
     """
+    profile.mkdir(parents=True, exist_ok=True)
     draft = profile / f"{JAR_NAME}.draft"
     jar.save(draft)
     draft.replace(profile / JAR_NAME)

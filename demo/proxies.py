@@ -29,10 +29,13 @@ if os.getppid() != parent:
 """
 
 # proxy.py starts its acceptor with multiprocessing. Python 3.14 would do that through a fork server, a third process
-# that outlives a killed proxy; at this point the process has one thread, so a plain fork is safe.
+# that outlives a killed proxy; at this point the process has one thread, so a plain fork is safe. The tie to the parent
+# is not inherited, and the acceptor gets its own.
 _RUN_PROXY = """\
 import multiprocessing
 multiprocessing.set_start_method("fork")
+if sys.platform == "linux":
+    os.register_at_fork(after_in_child=lambda: ctypes.CDLL(None).prctl(1, 9))
 import proxy
 proxy.main()
 """
@@ -72,6 +75,26 @@ def child_command(
     """
     ids = (str(os.getpid()), str(int(death_signal)))
     return [sys.executable, *interpreter_flags, "-c", _TIE_TO_PARENT + code, *ids, *arguments]
+
+
+def fresh_folder(folder: Path, *stale: str) -> Path:
+    """Make a folder for a child process, or clear it of what an earlier one left.
+
+    Args:
+        folder: The folder; its parents are made as well.
+        stale: Names of files in it to remove.
+
+    Returns:
+        Its absolute path, which means the same in a child with another working directory.
+
+    Raises:
+        OSError: It cannot be made, or a file not removed.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    return folder
 
 
 async def start_child(code: str, *arguments: str, error_path: Path) -> asyncio.subprocess.Process:
@@ -221,11 +244,8 @@ async def running_proxies(count: int, folder: Path) -> AsyncIterator[list[Runnin
 
 
 async def _start(name: str, folder: Path) -> RunningProxy:
-    folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = fresh_folder(folder, "proxy.log", "port")
     log_path, port_path, error_path = folder / "proxy.log", folder / "port", folder / "stderr.log"
-    log_path.unlink(missing_ok=True)
-    port_path.unlink(missing_ok=True)
     process = await start_child(
         _RUN_PROXY,
         *("--hostname", "127.0.0.1", "--port", "0", "--port-file", str(port_path)),
@@ -258,21 +278,32 @@ async def _answering_port(process: asyncio.subprocess.Process, port_path: Path) 
     while True:
         if process.returncode is not None:
             raise ChildFailed(f"ended with code {process.returncode} before it answered")
-        # proxy.py gives no other sign than this file, which it writes in place: it may be there and still be empty.
-        with suppress(FileNotFoundError, ValueError, OSError):
-            port = int(port_path.read_text())
-            if await _answers(port):
-                return port
+        port = _port(port_path)
+        if port is not None and await _answers(port):
+            return port
         await asyncio.sleep(_POLL_SECONDS)
 
 
+def _port(path: Path) -> int | None:
+    # proxy.py gives no other sign than this file, which it writes in place: it may be there and still be empty.
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 async def _answers(port: int) -> bool:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
     try:
         # Not a proxy request: it is answered with an error by the proxy itself, and its access log does not count it.
         writer.write(b"GET / HTTP/1.1\r\nHost: proxy\r\nConnection: close\r\n\r\n")
         await writer.drain()
         return (await reader.readline()).startswith(b"HTTP/")
+    except OSError:
+        return False
     finally:
         writer.close()
         with suppress(OSError):

@@ -32,7 +32,7 @@ from typing import cast
 import aiohttp
 from aiohttp import web
 
-from demo.proxies import ChildFailed, child_command, start_child, stop_child
+from demo.proxies import ChildFailed, child_command, fresh_folder, start_child, stop_child
 
 SESSION_COOKIE = "sid"
 VISITS_COOKIE = "visits"
@@ -54,7 +54,7 @@ _CLOSED_PATTERNS = ("*/test", "*/tests", "*/__main__.py", "*/*/__main__.py")
 
 # pydoc reads any style sheet which a path or a query ending in .css leads to: a key has no dots.
 _KEY = re.compile(r"\w{1,64}", re.ASCII)
-_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
+_NAME = re.compile(r"\w[\w-]*(\.\w[\w-]*)*", re.ASCII)
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _STYLE_SHEET = "/pydoc_data/_pydoc.css"
 _ERROR_TITLE = b"<title>Pydoc: Error - "
@@ -305,17 +305,15 @@ async def serve(port: int, ready_file: Path | None, *, busy_rate: float, retry_a
         OSError: The port is in use, or the ready file cannot be written.
     """
     told = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, told.set)
+        asyncio.get_running_loop().add_signal_handler(signal_number, told.set)
     async with run_pydoc() as pydoc:
         closed = closed_prefixes(Path(sysconfig.get_path("stdlib")))
         front = Front(pydoc, closed, busy_rate, retry_after_seconds, random.Random(seed))
-        runner = web.AppRunner(front.application(), access_log=None)
+        runner = web.AppRunner(front.application(), access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
-            site = web.TCPSite(runner, "127.0.0.1", port, shutdown_timeout=1.0)
-            await site.start()
+            await web.TCPSite(runner, "127.0.0.1", port).start()
             _announce(f"http://127.0.0.1:{runner.addresses[0][1]}", ready_file)
             ends = [asyncio.create_task(wait) for wait in (told.wait(), pydoc.process.wait())]
             _, waiting = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -332,10 +330,11 @@ async def serve(port: int, ready_file: Path | None, *, busy_rate: float, retry_a
 def _announce(url: str, ready_file: Path | None) -> None:
     text = json.dumps({"url": url, "pid": os.getpid()})
     if ready_file is None:
-        return print(text, flush=True)
-    draft = ready_file.with_name(ready_file.name + ".draft")
-    draft.write_text(text)
-    draft.replace(ready_file)
+        print(text, flush=True)
+    else:
+        draft = ready_file.with_name(ready_file.name + ".draft")
+        draft.write_text(text)
+        draft.replace(ready_file)
 
 
 @asynccontextmanager
@@ -357,9 +356,8 @@ async def running_site(
         ChildFailed: It did not come up.
         OSError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    ready, error_path = folder.resolve() / "ready.json", folder / "stderr.log"
-    ready.unlink(missing_ok=True)
+    folder = fresh_folder(folder, "ready.json")
+    ready, error_path = folder / "ready.json", folder / "stderr.log"
     process = await start_child(
         _RUN_SITE,
         *("--ready-file", str(ready), "--busy-rate", str(busy_rate)),

@@ -24,7 +24,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.call import SHORTEST_SECONDS, Call, Principal, Role, begin, current
-from services.errors import DeadlineTooShort, DomainError, InternalFault, RoleNotAllowed
+from services.errors import DeadlineTooShort, DomainError, InternalFault, MethodUnknown, RoleNotAllowed
 from services.identity.keys import Authenticator
 from services.postgres import as_unavailable, is_unavailable
 from services.status import Context, abort, code_of
@@ -139,7 +139,10 @@ class _Method:
         """Ends the call with the status of an error."""
         call = _call_or_none()
         request_id = call.request_id if call else uuid.uuid4().hex
-        if not isinstance(error, DomainError) and is_unavailable(error):
+        if isinstance(error, NotImplementedError):
+            # What generated code raises for a method of the contract that the servicer does not have.
+            error = MethodUnknown(f"this release does not serve {self.full_name}")
+        elif not isinstance(error, DomainError) and is_unavailable(error):
             error = as_unavailable(error)
         if isinstance(error, DomainError):
             code = code_of(error.reason).name

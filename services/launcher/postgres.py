@@ -336,12 +336,13 @@ class EmbeddedPostgres:
             return
         first = path.read_text().partition("\n")[0].strip()
         pid = int(first) if first.isdecimal() else 0
-        if any(pid == other and self._is_server(pid, argv) for other, argv in _command_lines()):
+        argv = next((argv for other, argv in _command_lines() if other == pid), None)
+        if argv is not None and self._is_server(pid, argv):
             raise LauncherError(
                 f"a PostgreSQL that Muster did not start (process {pid}) runs on {self._cluster}",
                 "stop it (pg_ctl stop)",
             )
-        if _command_name(pid) != "postgres":
+        if argv is None or _command_name(pid) != "postgres":
             path.unlink()
 
     def _make_socket_folder(self, owner: Owner | None) -> Path:
@@ -357,9 +358,10 @@ class EmbeddedPostgres:
             folder = Path(tempfile.mkdtemp(prefix="muster-pg-"))
             place.symlink_to(folder)
         else:
+            # The lock file beside a killed server's socket misleads the next one just as postmaster.pid does.
+            shutil.rmtree(place, ignore_errors=True)
             folder = place
-            folder.mkdir(mode=0o700, exist_ok=True)
-        folder.chmod(0o700)
+            folder.mkdir(mode=0o700)
         if owner:
             os.chown(folder, owner.uid, owner.gid)
         return folder
@@ -608,8 +610,9 @@ def _command_lines() -> Iterator[tuple[int, list[str]]]:
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
             with contextlib.suppress(OSError):
-                argv = Path("/proc", entry, "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-                yield int(entry), [os.fsdecode(part) for part in argv]
+                line = Path("/proc", entry, "cmdline").read_bytes().rstrip(b"\0")
+                if line:  # a zombie's is empty; where process 1 reaps nobody, they stay
+                    yield int(entry), os.fsdecode(line).split("\0")
 
 
 def _command_name(pid: int) -> str | None:

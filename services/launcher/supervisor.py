@@ -92,8 +92,8 @@ def _exec_guarded() -> None:
             sys.exit(0)  # the parent died before the line above could see it
         os.execvp(argv[0], argv)  # noqa: S606  # a shell between would be the parent
     except OSError as error:
-        print(f"cannot {doing}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201  # no logging in a bare
-        interpreter sys.exit(2)
+        sys.stderr.write(f"cannot {doing}: {error.strerror}\n")
+        sys.exit(2)
 
 
 _EXEC_GUARDED = inspect.getsource(_exec_guarded) + "\n_exec_guarded()\n"

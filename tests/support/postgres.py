@@ -151,6 +151,11 @@ def chosen_server() -> str:
     return "embedded"
 
 
+def pytest_report_header() -> str:
+    """Name the choice in the report's header."""
+    return f"postgresql: {chosen_server()}"
+
+
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
     """The session's server."""

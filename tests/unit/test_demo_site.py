@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
+import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 import pytest_asyncio
 
@@ -30,8 +29,6 @@ from demo.crawl import (
 )
 from demo.proxies import ChildFailed, RunningProxy, child_command, running_proxies
 from demo.site import RunningSite, closed_prefixes, running_site
-
-pytestmark = pytest.mark.asyncio
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,25 +53,25 @@ class Progress:
         self.steps.append((page, pages, products, errors))
 
 
-Site = Callable[[float], Awaitable[RunningSite]]
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningSite]:
+    """A site that refuses nothing."""
+    async with running_site(tmp_path_factory.mktemp("site"), busy_rate=0.0) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningProxy]:
+    """A forward proxy."""
+    async with running_proxies(1, tmp_path_factory.mktemp("proxies")) as (running,):
+        yield running
 
 
 @pytest_asyncio.fixture
-async def start_site(tmp_path: Path) -> AsyncIterator[Site]:
-    """Starts a site that answers the given share of requests with 429."""
-    async with AsyncExitStack() as stack:
-
-        async def start(busy_rate: float) -> RunningSite:
-            return await stack.enter_async_context(running_site(tmp_path / "site", busy_rate=busy_rate))
-
-        yield start
-
-
-@pytest_asyncio.fixture
-async def proxy(tmp_path: Path) -> AsyncIterator[RunningProxy]:
-    """One forward proxy."""
-    async with running_proxies(1, tmp_path / "proxies") as proxies:
-        yield proxies[0]
+async def busy_site(tmp_path: Path) -> AsyncIterator[RunningSite]:
+    """A site that refuses every page."""
+    async with running_site(tmp_path / "busy", busy_rate=1.0) as running:
+        yield running
 
 
 @pytest_asyncio.fixture
@@ -100,9 +97,8 @@ def cookies(client: aiohttp.ClientSession) -> dict[str, str]:
 
 class TestSite:
     async def test_search_links_to_pages_and_counts_the_visit(
-        self, start_site: Site, client: aiohttp.ClientSession
+        self, site: RunningSite, client: aiohttp.ClientSession
     ) -> None:
-        site = await start_site(0.0)
         status, listing = await fetch(client, f"{site.url}/search?key=json")
         assert status == 200
         links = result_links(listing, f"{site.url}/search?key=json")
@@ -111,14 +107,16 @@ class TestSite:
         assert status == 200
         assert "JavaScript" in page.replace("&nbsp;", " ")
 
-        assert await visits(site, client) == {cookies(client)["sid"]: 1}
+        before = await visits(site, client)
+        session = cookies(client)["sid"]
+        assert before[session] == 1
         await fetch(client, f"{site.url}/search?key=socket")
-        assert await visits(site, client) == {cookies(client)["sid"]: 2}
-        assert cookies(client)["visits"] == "2"
-
         async with aiohttp.ClientSession() as stranger:
             await fetch(stranger, f"{site.url}/search?key=json")
-        assert sorted((await visits(site, client)).values()) == [1, 2]
+        after = await visits(site, client)
+        assert after[session] == 2
+        assert cookies(client)["visits"] == "2"
+        assert [after[sid] for sid in after if sid not in before] == [1]
 
     @pytest.mark.parametrize(
         ("path", "status"),
@@ -137,12 +135,8 @@ class TestSite:
             ("/test.support.html", 403),
         ],
     )
-    async def test_status(self, site_url: str, client: aiohttp.ClientSession, path: str, status: int) -> None:
-        assert (await fetch(client, site_url + path))[0] == status
-
-    @pytest_asyncio.fixture
-    async def site_url(self, start_site: Site) -> str:
-        return (await start_site(0.0)).url
+    async def test_status(self, site: RunningSite, client: aiohttp.ClientSession, path: str, status: int) -> None:
+        assert (await fetch(client, site.url + path))[0] == status
 
     async def test_a_share_of_pages_is_refused_the_same_way_every_time(
         self, tmp_path: Path, client: aiohttp.ClientSession
@@ -159,7 +153,7 @@ class TestSite:
         assert refused[0] == refused[1]
         assert 30 <= len(refused[0]) <= 70
 
-    async def test_robots_names_what_is_closed(self, tmp_path: Path) -> None:
+    def test_robots_names_what_is_closed(self, tmp_path: Path) -> None:
         for path in ("site-packages/pip/__main__.py", "json/test/x.py", "email/__main__.py"):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).touch()
@@ -193,8 +187,7 @@ class TestSite:
             assert alive == []
         assert (tmp_path / "stderr.log").read_text() == "pydoc ended with code -9\n"
 
-    async def test_a_port_in_use_is_one_line_and_exit_code_2(self, start_site: Site) -> None:
-        site = await start_site(0.0)
+    async def test_a_port_in_use_is_one_line_and_exit_code_2(self, site: RunningSite) -> None:
         command = [sys.executable, "-m", "demo.site", "--port", site.url.rpartition(":")[2]]
         done = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=30)
         assert done.returncode == 2
@@ -203,8 +196,7 @@ class TestSite:
 
 
 class TestProxies:
-    async def test_each_forwards_and_counts(self, tmp_path: Path, start_site: Site) -> None:
-        site = await start_site(0.0)
+    async def test_each_forwards_and_counts(self, tmp_path: Path, site: RunningSite) -> None:
         async with running_proxies(2, tmp_path / "proxies") as (first, second):
             assert (first.requests(), second.requests()) == (0, 0)
             async with aiohttp.ClientSession(
@@ -230,8 +222,9 @@ class TestProxies:
             "    sys.stdin.read()\n"
             "asyncio.run(main())\n"
         )
-        starter = subprocess.Popen(
-            [sys.executable, "-c", start, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        command = [sys.executable, "-c", start, str(tmp_path)]
+        starter = await asyncio.to_thread(
+            subprocess.Popen, command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         with starter:
             assert starter.stdout is not None
@@ -249,10 +242,21 @@ class TestProxies:
         assert (done.returncode, done.stdout) == (1, "")
 
     async def test_one_that_cannot_start_says_where_to_look(self, tmp_path: Path) -> None:
-        (tmp_path / "proxy-1" / "proxy.log").mkdir(parents=True)
-        with pytest.raises((ChildFailed, OSError)):
-            async with running_proxies(1, tmp_path):
+        (tmp_path / "proxy-2").mkdir()
+        (tmp_path / "proxy-2" / "data").touch()
+        with pytest.raises(ChildFailed, match=r"proxy-2 ended with code 1 before it answered; see .*stderr\.log"):
+            async with running_proxies(2, tmp_path):
                 pass
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
+    async def test_a_killed_one_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        async with running_proxies(1, tmp_path) as (proxy,):
+            main = psutil.Process(proxy.pid)
+            processes = [main, *main.children(recursive=True)]
+            assert len(processes) > 1
+            main.kill()
+            _, alive = await asyncio.to_thread(psutil.wait_procs, processes, 10)
+            assert alive == []
 
 
 async def settled(proxy: RunningProxy, client: aiohttp.ClientSession, url: str, at_least: int) -> int:
@@ -280,9 +284,9 @@ class TestCrawl:
         return await crawl(site.url, proxy_url, keyword, max_pages, profile, on_page, manners=manners)
 
     async def test_products_progress_and_a_jar_that_comes_back(
-        self, start_site: Site, proxy: RunningProxy, client: aiohttp.ClientSession, tmp_path: Path
+        self, site: RunningSite, proxy: RunningProxy, client: aiohttp.ClientSession, tmp_path: Path
     ) -> None:
-        site = await start_site(0.0)
+        earlier, already = await visits(site, client), proxy.requests()
         progress, pauses, profile = Progress(), Pauses(), tmp_path / "profile"
         manners = Manners(delay_seconds=0.25, sleep=pauses)
         first = await self.run(site, proxy.endpoint, profile, on_page=progress, manners=manners)
@@ -304,52 +308,55 @@ class TestCrawl:
         assert second.visits == 2
         other = await self.run(site, proxy.endpoint, tmp_path / "other")
         assert other.visits == 1
-        assert sorted((await visits(site, client)).values()) == [1, 2]
+        counts = await visits(site, client)
+        assert sorted(counts[sid] for sid in counts if sid not in earlier) == [1, 2]
         assert json.loads((profile / "Local State").read_text())["last_keyword"] == "socket"
         assert sorted(path.name for path in profile.iterdir()) == ["Cookies", "Local State"]
         async with aiohttp.ClientSession(proxy=proxy.endpoint, connector=aiohttp.TCPConnector(force_close=True)) as c:
-            sent = first.requests + second.requests + other.requests
+            sent = already + first.requests + second.requests + other.requests
             assert await settled(proxy, c, f"{site.url}/__visits", sent) in (sent, sent - 1)
 
-    async def test_blocked_after_one_retry(self, start_site: Site, proxy: RunningProxy, tmp_path: Path) -> None:
-        site, pauses = await start_site(1.0), Pauses()
-        outcome = await self.run(site, proxy.endpoint, tmp_path, manners=Manners(sleep=pauses))
+    async def test_blocked_after_one_retry(self, busy_site: RunningSite, proxy: RunningProxy, tmp_path: Path) -> None:
+        pauses = Pauses()
+        outcome = await self.run(busy_site, proxy.endpoint, tmp_path, manners=Manners(sleep=pauses))
         assert (outcome.blocked, outcome.retry_after_seconds, outcome.pages) == (True, 1.0, 0)
         # robots.txt, the search and its retry.
         assert outcome.requests == 3
         assert pauses.seconds == [1.0]
 
     async def test_a_long_retry_after_is_not_waited_for(
-        self, start_site: Site, proxy: RunningProxy, tmp_path: Path
+        self, busy_site: RunningSite, proxy: RunningProxy, tmp_path: Path
     ) -> None:
-        site, pauses = await start_site(1.0), Pauses()
-        outcome = await self.run(site, proxy.endpoint, tmp_path, manners=Manners(max_wait_seconds=0.5, sleep=pauses))
+        pauses = Pauses()
+        outcome = await self.run(
+            busy_site, proxy.endpoint, tmp_path, manners=Manners(max_wait_seconds=0.5, sleep=pauses)
+        )
         assert (outcome.blocked, outcome.requests, pauses.seconds) == (True, 2, [])
 
     async def test_a_page_that_fails_is_passed_over(
-        self, start_site: Site, proxy: RunningProxy, tmp_path: Path
+        self, site: RunningSite, proxy: RunningProxy, tmp_path: Path
     ) -> None:
         # The listing for this word names a module that can be imported on Windows alone.
-        site, progress = await start_site(0.0), Progress()
+        progress = Progress()
         outcome = await self.run(site, proxy.endpoint, tmp_path, keyword="windows", max_pages=8, on_page=progress)
         assert outcome.errors
         assert not outcome.failed
         assert progress.steps[-1][2:] == (len(outcome.products), len(outcome.errors))
         assert outcome.pages == len(outcome.products)
 
-    async def test_a_proxy_that_is_not_there_is_an_error_in_the_outcome(self, start_site: Site, tmp_path: Path) -> None:
-        site = await start_site(0.0)
+    async def test_a_proxy_that_is_not_there_is_an_error_in_the_outcome(
+        self, site: RunningSite, tmp_path: Path
+    ) -> None:
         outcome = await self.run(site, "http://127.0.0.1:9", tmp_path)
         assert (outcome.failed, outcome.pages, outcome.requests) == (True, 0, 1)
         assert "ClientProxyConnectionError" in outcome.errors[0]
 
     async def test_what_the_callback_raises_reaches_the_caller_and_the_jar_is_saved(
-        self, start_site: Site, proxy: RunningProxy, tmp_path: Path
+        self, site: RunningSite, proxy: RunningProxy, tmp_path: Path
     ) -> None:
         async def lost(*_: int) -> None:
             raise InterruptedError("the lease is lost")
 
-        site = await start_site(0.0)
         with pytest.raises(InterruptedError):
             await self.run(site, proxy.endpoint, tmp_path, on_page=lost)
         assert (tmp_path / "Cookies").is_file()
@@ -373,16 +380,16 @@ class TestReading:
             ("²", 1.0),
         ],
     )
-    async def test_retry_after(self, header: str, seconds: float) -> None:
+    def test_retry_after(self, header: str, seconds: float) -> None:
         assert retry_after(header, datetime(2026, 11, 20, 12, tzinfo=UTC)) == seconds
 
-    async def test_links_stay_on_the_site_and_come_once(self) -> None:
+    def test_links_stay_on_the_site_and_come_once(self) -> None:
         html = '<a href="x.html"></a><table class="section"><a href="a.html"></a><a href="http://y/b.html"></a>'
         html += '<a href="a.html"></a><a href="b.txt"></a></table>'
         assert result_links(html, "http://site/search?key=k") == ["http://site/a.html"]
         assert result_links("<p>nothing", "http://site/search?key=k") == []
 
-    async def test_a_page_without_documentation_has_an_empty_summary(self) -> None:
+    def test_a_page_without_documentation_has_an_empty_summary(self) -> None:
         html = '<p></p><table class="section"><p><span class="code">of a member</span></p></table>'
         assert read_product(html, "http://site/_x.html", 4) == Product("_x", "_x", "", "http://site/_x.html", 4)
 
@@ -395,14 +402,13 @@ class TestReading:
         assert len(load_jar(tmp_path)) == 0
 
 
-async def test_the_slots_of_the_demo_are_searchable(tmp_path: Path) -> None:
+async def test_the_slots_of_the_demo_are_searchable(site: RunningSite, client: aiohttp.ClientSession) -> None:
     with (ROOT / "demo" / "slots.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 48
     assert len({row["external_id"] for row in rows}) == len({row["keyword"] for row in rows}) == 48
     assert len([row for row in rows if row["end_date"] < "2026"]) == 1
     assert all(isinstance(json.loads(row["settings"])["max_pages"], int) for row in rows)
-    async with running_site(tmp_path, busy_rate=0.0) as site, aiohttp.ClientSession() as client:
-        for row in rows:
-            url = f"{site.url}/search?key={row['keyword']}"
-            assert len(result_links((await fetch(client, url))[1], url)) >= 2, row["keyword"]
+    for row in rows:
+        url = f"{site.url}/search?key={row['keyword']}"
+        assert len(result_links((await fetch(client, url))[1], url)) >= 2, row["keyword"]

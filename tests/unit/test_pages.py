@@ -1,0 +1,35 @@
+"""Page tokens continue where they were given, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services import pages
+from services.errors import InvalidPageToken
+
+positions = st.lists(st.text(max_size=20) | st.integers(), max_size=4)
+
+
+@given(positions, st.text(max_size=20))
+def test_a_token_gives_its_position_back(position: list[str | int], scope: str) -> None:
+    assert pages.decode(pages.encode(position, scope), scope) == position
+
+
+@given(positions, st.text(max_size=10), st.text(max_size=10))
+def test_a_token_of_another_request_is_refused(position: list[str | int], scope: str, other: str) -> None:
+    if scope == other:
+        return
+    with pytest.raises(InvalidPageToken):
+        pages.decode(pages.encode(position, scope), other)
+
+
+@given(st.text(min_size=1, max_size=60))
+def test_any_other_text_is_refused(token: str) -> None:
+    with pytest.raises(InvalidPageToken):
+        pages.decode(token, "scope")
+
+
+def test_no_token_is_the_first_page() -> None:
+    assert pages.decode("", "scope") is None
