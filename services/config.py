@@ -143,9 +143,8 @@ def load(cls: type[Config], section: str, file: Path | None, environ: Mapping[st
     given = {name.upper().removeprefix(prefix) for name in variables if name.upper().startswith(prefix)}
     unknown = [name for name in given if name.split("__")[0].lower() not in cls.model_fields]
     if unknown:
-        raise StartupError(
-            f"unknown settings in the environment: {', '.join(prefix + name for name in sorted(unknown))}: remove or correct them"
-        )
+        names = ", ".join(prefix + name for name in sorted(unknown))
+        raise StartupError(f"unknown settings in the environment: {names}: remove or correct them")
 
     class FromHere(cls):  # type: ignore[valid-type, misc]
         """The class with the environment that was given; it wins over the file, whose values are the arguments."""

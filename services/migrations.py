@@ -56,7 +56,7 @@ def migrate(schema: Schema, dsn: str) -> list[str]:
     with _connection(schema, dsn) as connection:
         # Two deployers at once: the second waits, then finds nothing to do.
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_lock_number(schema)})")
-        # Asked first, since CREATE SCHEMA IF NOT EXISTS needs a right on the database that an owner of one schema lacks.
+        # Asked first: CREATE SCHEMA IF NOT EXISTS needs a right on the database that the owner of one schema lacks.
         if connection.exec_driver_sql(f"SELECT to_regnamespace('{schema.name}')").scalar() is None:
             connection.exec_driver_sql(f'CREATE SCHEMA "{schema.name}"')
         connection.exec_driver_sql(f'SET LOCAL search_path = "{schema.name}"')

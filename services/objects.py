@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -175,7 +175,7 @@ class ObjectStore:
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
 
-    async def delete(self, keys: list[str]) -> None:
+    async def delete(self, keys: Sequence[str]) -> None:
         """Deletes objects; one that is not there is no error."""
         for key in keys:
             try:

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from services.cli import keys, run
+from services.cli import keys, run, up
 from services.errors import StartupError
 
 
@@ -17,7 +17,7 @@ def cli() -> None:
     """Muster: the control plane for fleets of crawl and automation workers."""
 
 
-for command in (run.serve, run.migrate, keys.key):
+for command in (up.up, run.serve, run.migrate, keys.key):
     cli.add_command(command)
 
 

@@ -1,7 +1,9 @@
 """What the launcher cannot mend by itself."""
 
+from services.errors import StartupError
 
-class LauncherError(Exception):
+
+class LauncherError(StartupError):
     """A part of the suite cannot start or stop.
 
     The message is one line for the operator: it names the cause and then the mend. The command line prints it as it

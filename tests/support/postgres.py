@@ -6,11 +6,15 @@ even beside Docker: it needs no image and starts in half a second.
 """
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import psycopg
@@ -21,8 +25,12 @@ from services.launcher.postgres import EmbeddedPostgres, ensure_database
 from tests.support import docker_answers
 
 # The data of a test run may be lost with the machine; what the server answers does not depend on these.
-_VOLATILE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_wal_size": "4GB"}
+_VOLATILE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_wal_size": "512MB"}
 _IMAGE = "postgres:18"
+_MEMORY = Path("/dev/shm")
+_MEMORY_FREE_BYTES = 2 * 1024**3
+_PREFIX = "muster-test-postgres-"
+_DATA = "data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +169,10 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
     """The session's server."""
     chosen = chosen_server()
     if chosen == "embedded":
-        with EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), _VOLATILE) as server:
+        with (
+            _volatile_folder(tmp_path_factory) as folder,
+            EmbeddedPostgres(folder / _DATA, _VOLATILE) as server,
+        ):
             yield PostgresServer(server.dsn())
     elif chosen == "MUSTER_TEST_POSTGRES_DSN":
         yield PostgresServer(os.environ["MUSTER_TEST_POSTGRES_DSN"])
@@ -171,6 +182,36 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
 
         with PostgresContainer(_IMAGE, driver=None) as container:
             yield PostgresServer(container.get_connection_url())
+
+
+@contextlib.contextmanager
+def _volatile_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give a folder in memory where there is room: a database is 300 files, and making them is what a fresh one costs.
+
+    Measured: 15 ms a database in memory, 60 to 270 ms on a virtual machine's ext4.
+    """
+    if not _MEMORY.is_dir() or not os.access(_MEMORY, os.W_OK) or shutil.disk_usage(_MEMORY).free < _MEMORY_FREE_BYTES:
+        yield tmp_path_factory.mktemp("postgres")
+        return
+    for left in _MEMORY.glob(f"{_PREFIX}*"):
+        _remove_if_abandoned(left)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_MEMORY))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    """Free the memory of a run that was killed: nothing else would before the machine's restart."""
+    try:
+        with contextlib.ExitStack() as locks:
+            for name in ("launcher.lock", "server.lock"):
+                lock = locks.enter_context((folder / _DATA / name).open("rb"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+    except OSError:
+        return  # another user's, in use, or about to be
 
 
 @pytest.fixture(scope="session")
