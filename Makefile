@@ -27,9 +27,10 @@ install: $(READY) ## Install everything into .venv
 proto: $(READY) ## Generate the gRPC stubs and their types
 	$(BIN)/python sdk/python/generate_stubs.py
 
+DEMO ?=
 .PHONY: demo
 demo: $(READY) ## Run the suite and a fleet of eight workers, and check every invariant
-	$(BIN)/python -m demo
+	$(BIN)/python -m demo $(DEMO)
 
 .PHONY: up
 up: $(READY) ## Run the suite until Ctrl-C; its data stays in .muster
@@ -59,7 +60,7 @@ fault: $(READY) ## Run a fleet while services are killed, and check the recorded
 
 .PHONY: lock
 lock: ## Pin the requirements anew (needs uv)
-	./requirements/compile.sh
+	./requirements/compile.sh --upgrade
 
 .PHONY: clean
 clean: ## Remove the environment, caches and the suite's data

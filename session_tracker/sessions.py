@@ -190,6 +190,16 @@ class Session:
         self.renewable = registration.lease is not None
         self.command: LeaseLost | None = None
         self.listener: Listener | None = None
+        progress = registration.progress
+        if progress is not None:
+            # Nothing of it is measured: these pages were done before, at a pace unknown here.
+            self.sequence = progress.sequence
+            self.state = progress.state or RUNNING
+            self.stage = progress.stage or self.stage
+            self.current_page = progress.current_page
+            self.total_pages = progress.total_pages or self.total_pages
+            self.products_found = progress.products_found
+            self.errors_count = progress.errors_count
 
     def measure(self, pages: int, now: float) -> None:
         """Takes `pages` (at least 1) done at `now` into the pace."""

@@ -17,8 +17,6 @@ from services.config import read_secret
 from services.launcher.suite import Ports, Suite, describe
 from services.launcher.supervisor import Event
 
-_PORT = click.IntRange(0, 65000)
-
 _EXAMPLE = """\
 # worker.py, run with:  set -a; . {env}; set +a; {python} worker.py
 import asyncio

