@@ -32,7 +32,7 @@ from typing import cast
 import aiohttp
 from aiohttp import web
 
-from demo.proxies import ChildFailed, child_command, fresh_folder, start_child, stop_child
+from demo.children import ChildFailed, child_command, fresh_folder, start_child, stop_child
 
 SESSION_COOKIE = "sid"
 VISITS_COOKIE = "visits"

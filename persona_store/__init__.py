@@ -1,0 +1,1 @@
+"""The persona store: personas, their bundles, and the leases on both."""

@@ -329,3 +329,8 @@ class Organizations:
 
     def __iter__(self) -> Iterator[Organization]:
         return iter(list(self._known.values()))
+
+    def wake_watchers(self) -> None:
+        """Wakes everyone who waits for a change, so that they see the service drain."""
+        for organization in self._known.values():
+            organization.changes.stirred.set()

@@ -16,6 +16,7 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 import pytest_asyncio
 
+from demo.children import ChildFailed, child_command
 from demo.crawl import (
     CrawlOutcome,
     Manners,
@@ -27,7 +28,7 @@ from demo.crawl import (
     retry_after,
     save_jar,
 )
-from demo.proxies import ChildFailed, RunningProxy, child_command, running_proxies
+from demo.proxies import RunningProxy, running_proxies
 from demo.site import RunningSite, closed_prefixes, running_site
 
 ROOT = Path(__file__).parents[2]

@@ -86,13 +86,11 @@ class Transport:
         """Returns a generated stub on the channel.
 
         Raises:
-            Unavailable: the client was not told the service's address.
+            NotConfigured: the client was not told the service's address.
         """
         if factory not in self._stubs:
             if not self.address:
-                raise errors.Unavailable(
-                    "UNAVAILABLE", "", f"the address of the {self.service} is not known: set {self._variable}"
-                )
+                raise errors.NotConfigured(f"the address of the {self.service} is not known: set {self._variable}")
             if self._channel is None:
                 self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
             self._stubs[factory] = factory(self._channel)
@@ -180,6 +178,19 @@ class Transport:
             raise self.restored(error) from None
         finally:
             call.cancel()
+
+    async def pages(self, method: Any, request: Any) -> AsyncIterator[Any]:
+        """Yields page after page of a list call, whose request has `page_token` and whose answer `next_page_token`.
+
+        Raises:
+            MusterError: a page was refused, or did not come in time.
+        """
+        while True:
+            answer = await self.call(method, request)
+            yield answer
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

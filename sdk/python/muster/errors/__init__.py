@@ -50,6 +50,13 @@ class MusterError(Exception):
         self.retry_after = retry_after
 
 
+class NotConfigured(MusterError):
+    """The client was not told how to reach the service; raised without a call."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("NOT_CONFIGURED", "", message)
+
+
 class InvalidArgument(MusterError):
     """The request itself is wrong; repeating it will not help."""
 

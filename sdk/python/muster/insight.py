@@ -1,0 +1,195 @@
+"""What the allocator knows, and why it decides as it does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import date, datetime
+from enum import IntEnum
+
+from muster import values
+from muster.allocator.v1 import insight_pb2, insight_pb2_grpc
+from muster.calls import Transport
+from muster.slots import DailyTracking, tracking
+from muster.work import BlockerKind
+
+
+class AllocationStatus(IntEnum):
+    """Where an allocation stands; UNSPECIFIED in a filter means any."""
+
+    UNSPECIFIED = 0
+    LEASED = 1
+    SUCCEEDED = 2
+    FAILED = 3
+    BLOCKED = 4
+    EXPIRED = 5
+    RELEASED = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """One thing in the way of work: it holds back `count` of the `of` slots or exits looked at."""
+
+    kind: BlockerKind
+    count: int
+    of: int
+    example_ids: tuple[str, ...]
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why there is no work: the nearest blocker first; none when work would be handed out."""
+
+    blockers: tuple[Blocker, ...]
+    available_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkTotals:
+    """The organization's live figures."""
+
+    active_slots: int
+    leased: int
+    clients_online: int
+    clients: int
+    exits: int
+    exit_uses: int
+    exit_capacity: int
+    today: DailyTracking
+    check_ins_pending: int
+    quarantined: int
+
+
+@dataclass(frozen=True, slots=True)
+class DashboardRow:
+    """One slot's day; `completion_rate` is finished units by quota, 0 to 1."""
+
+    slot_id: str
+    keyword: str
+    tracking: DailyTracking
+    completion_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationRecord:
+    """An allocation as recorded; `late` says that its result came after its lease had run out."""
+
+    allocation_key: str
+    slot_id: str
+    work_date: str
+    status: AllocationStatus
+    late: bool
+    client_id: str
+    instance_number: int
+    exit_id: str
+    persona_id: str
+    allocated_at: datetime
+    expires_at: datetime
+    ended_at: datetime | None
+
+
+class Insight:
+    """`client.insight`: explanations, live figures and the day's work. Role: operator."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    @property
+    def _stub(self) -> insight_pb2_grpc.InsightServiceAsyncStub:
+        return self._transport.stub(insight_pb2_grpc.InsightServiceStub)
+
+    async def explain(self, *, slot_id: str = "", target: str = "", region: str = "") -> Explanation:
+        """Says why a slot, or the whole organization, gets no work.
+
+        Raises:
+            NotFound: the organization has no such slot.
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = insight_pb2.ExplainAllocationRequest(slot_id=slot_id, target=target, region=region)
+        answer = await self._transport.call(self._stub.ExplainAllocation, request)
+        blockers = tuple(
+            Blocker(
+                values.member(BlockerKind, item.kind),
+                item.count,
+                item.of,
+                tuple(item.example_ids),
+                item.message,
+                item.remedy,
+            )
+            for item in answer.blockers
+        )
+        return Explanation(blockers, answer.available_units)
+
+    async def totals(self) -> WorkTotals:
+        """Reads the live figures, at most a second old.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        answer = await self._transport.call(self._stub.GetTotals, insight_pb2.GetTotalsRequest())
+        return WorkTotals(
+            answer.active_slots,
+            answer.leased,
+            answer.clients_online,
+            answer.clients,
+            answer.exits,
+            answer.exit_uses,
+            answer.exit_capacity,
+            tracking(answer.today),
+            answer.check_ins_pending,
+            answer.quarantined,
+        )
+
+    async def dashboard(self, work_date: date | None = None, *, page_size: int = 100) -> AsyncIterator[DashboardRow]:
+        """Yields one day's slots by completion rate, highest first; None means today.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        day = work_date.isoformat() if work_date else ""
+        request = insight_pb2.GetDashboardRequest(work_date=day, page_size=page_size)
+        async for answer in self._transport.pages(self._stub.GetDashboard, request):
+            for row in answer.rows:
+                yield DashboardRow(row.slot_id, row.keyword, tracking(row.tracking), row.completion_rate)
+
+    async def allocations(
+        self,
+        work_date: date | None = None,
+        *,
+        status: AllocationStatus = AllocationStatus.UNSPECIFIED,
+        slot_id: str = "",
+        page_size: int = 100,
+    ) -> AsyncIterator[AllocationRecord]:
+        """Yields the allocations of one work date, newest first; None means today.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = insight_pb2.ListAllocationsRequest(
+            work_date=work_date.isoformat() if work_date else "",
+            status=insight_pb2.AllocationStatus.ValueType(status),
+            slot_id=slot_id,
+            page_size=page_size,
+        )
+        async for answer in self._transport.pages(self._stub.ListAllocations, request):
+            for item in answer.allocations:
+                yield _record(item)
+
+
+def _record(item: insight_pb2.AllocationRecord) -> AllocationRecord:
+    return AllocationRecord(
+        allocation_key=item.allocation_key,
+        slot_id=item.slot_id,
+        work_date=item.work_date,
+        status=values.member(AllocationStatus, item.status),
+        late=item.late,
+        client_id=item.client_id,
+        instance_number=item.instance_number,
+        exit_id=item.exit_id,
+        persona_id=item.persona_id,
+        allocated_at=values.required_moment(item, "allocated_at"),
+        expires_at=values.required_moment(item, "expires_at"),
+        ended_at=values.moment(item, "ended_at"),
+    )

@@ -1,0 +1,437 @@
+"""Work under lease: what a worker asks for, holds and hands in."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from enum import IntEnum
+
+from muster import values
+from muster.allocator.v1 import work_pb2, work_pb2_grpc
+from muster.calls import Transport, item_error
+from muster.errors import MusterError
+from muster.values import Setting
+
+
+class BlockerKind(IntEnum):
+    """Why a slot, or an organization, gets no work; the nearest to the cause first."""
+
+    UNSPECIFIED = 0
+    NO_SLOT = 1
+    SLOT_INACTIVE = 2
+    SLOT_OUT_OF_DATE = 3
+    QUOTA_EXHAUSTED = 4
+    NO_EXIT = 5
+    EXIT_EXHAUSTED = 6
+    NO_PERSONA = 7
+    PERSONA_STORE_UNAVAILABLE = 8
+    CLIENT_DRAINING = 9
+
+
+class WorkOutcome(IntEnum):
+    """How a unit of work ended."""
+
+    UNSPECIFIED = 0
+    SUCCEEDED = 1
+    FAILED = 2
+    BLOCKED = 3
+
+
+class ResultDisposition(IntEnum):
+    """What was done with a result: it counts, it counts although late, or it is kept for an operator to decide."""
+
+    UNSPECIFIED = 0
+    RECORDED = 1
+    RECORDED_LATE = 2
+    QUARANTINED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ClientIdentity:
+    """The machine and the process that speak.
+
+    Attributes:
+        client_id: The machine's own id, chosen by it and kept: 1 to 128 of `A-Z a-z 0-9 . _ : -`.
+        instance_number: The process on that machine, 0 to 65535.
+        client_name: For people, up to 128 characters; empty keeps the one on record.
+        user_folder_number: The profile folder it uses, 0 to 65535.
+        client_ip: The machine's own idea of its address; empty lets the service record the peer's.
+    """
+
+    client_id: str
+    instance_number: int = 0
+    client_name: str = ""
+    user_folder_number: int = 0
+    client_ip: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AssignedExit:
+    """The exit of one allocation: connect to `endpoint`, such as `http://127.0.0.1:3128`."""
+
+    exit_id: str
+    endpoint: str
+    region: str
+
+
+@dataclass(frozen=True, slots=True)
+class AssignedPersona:
+    """The persona of one allocation, checked out for it alone.
+
+    `lease_token` is needed to save its bundle; `generation` is the newest one at check-out, 0 when nothing was saved.
+    """
+
+    persona_id: str
+    lease_token: bytes
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Names a lease and proves that the caller holds it."""
+
+    allocation_key: str
+    lease_token: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """One unit of work under lease. Moments are the database's clock.
+
+    Attributes:
+        lease: Its key and token.
+        expires_at: The lease ends then unless it is renewed.
+        renewable_until: No renewal moves the expiry past this moment.
+        lease_duration: How long the lease lasts from its grant or renewal.
+        slot_id: The slot it belongs to.
+        work_date: The day it counts on.
+        keyword: What to work on.
+        code: The site's own code; may be empty.
+        target: Where; may be empty.
+        settings: The slot's settings when the lease was granted.
+        exit: The way to the target; None when the slot uses none.
+        persona: The identity to work as; None when the slot needs none.
+        traceparent: W3C trace context of this unit.
+    """
+
+    lease: Lease
+    expires_at: datetime
+    renewable_until: datetime
+    lease_duration: timedelta
+    slot_id: str
+    work_date: date
+    keyword: str
+    code: str
+    target: str
+    settings: dict[str, Setting]
+    exit: AssignedExit | None
+    persona: AssignedPersona | None
+    traceparent: str
+
+    @property
+    def allocation_key(self) -> str:
+        """Names the unit for ever."""
+        return self.lease.allocation_key
+
+
+@dataclass(frozen=True, slots=True)
+class NoWork:
+    """Why nothing was handed out, and when to ask again."""
+
+    blocker: BlockerKind
+    message: str
+    retry_after: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Allocations:
+    """The answer to a demand for work: units, or the reason why there are none."""
+
+    allocations: tuple[Allocation, ...]
+    no_work: NoWork | None
+
+
+@dataclass(frozen=True, slots=True)
+class RenewedLease:
+    """The answer to one renewal: the new expiry, or why it was refused."""
+
+    allocation_key: str
+    expires_at: datetime | None
+    error: MusterError | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedLease:
+    """The answer to one release: `error` is None when it is released."""
+
+    allocation_key: str
+    error: MusterError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One thing found.
+
+    Attributes:
+        product_id: Its id at the target, 1 to 256 characters.
+        title: Up to 1024 characters.
+        url: Up to 2048 characters.
+        rank: Its place in the listing, from 1; 0 when it has none.
+        attributes: Anything else, up to 64 values.
+    """
+
+    product_id: str
+    title: str = ""
+    url: str = ""
+    rank: int = 0
+    attributes: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkResult:
+    """What came of one unit.
+
+    Attributes:
+        lease: The lease it was done under.
+        outcome: How it ended.
+        execution_time: How long it took, up to 24 h.
+        block_type: What kind of block, 1 to 64 characters; only when blocked.
+        products: What was found, up to 1000.
+        applied_settings: The settings that were really applied.
+        exit_ip: The address the target saw, if known.
+        retry_after: How long the target asked to be left alone; None when it did not say.
+        error_message: Up to 1024 characters.
+        persona_used: Whether the persona was really used; its counters move only then.
+    """
+
+    lease: Lease
+    outcome: WorkOutcome
+    execution_time: timedelta
+    block_type: str = ""
+    products: Sequence[Product] = ()
+    applied_settings: Mapping[str, Setting] = field(default_factory=dict)
+    exit_ip: str = ""
+    retry_after: timedelta | None = None
+    error_message: str = ""
+    persona_used: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SubmittedResult:
+    """The answer to one result: what was done with it and when, or why it was refused."""
+
+    allocation_key: str
+    disposition: ResultDisposition
+    recorded_at: datetime | None
+    error: MusterError | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatReply:
+    """The answer to a heartbeat.
+
+    Attributes:
+        server_time: The database's clock.
+        drain: Finish what is leased, then stop.
+        released_leases: Leases released by a goodbye.
+    """
+
+    server_time: datetime
+    drain: bool
+    released_leases: int
+
+
+class Work:
+    """`client.work`: demands for work, leases and results. The worker loop in `muster.Worker` is built on it."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    @property
+    def _stub(self) -> work_pb2_grpc.WorkServiceAsyncStub:
+        return self._transport.stub(work_pb2_grpc.WorkServiceStub)
+
+    async def allocate(
+        self,
+        client: ClientIdentity,
+        *,
+        max_items: int = 1,
+        wait: timedelta | None = None,
+        target: str = "",
+        region: str = "",
+        traceparent: str = "",
+        request_id: str = "",
+    ) -> Allocations:
+        """Asks for units of work.
+
+        Args:
+            client: Who asks.
+            max_items: The most units, 1 to 256.
+            wait: How long the service may wait for work, up to 30 s; None for no wait.
+            target: Only slots with this target; empty for any.
+            region: Only exits of this region; empty for any.
+            traceparent: W3C trace context of the caller.
+            request_id: A UUID that names this demand, to ask again after a lost answer; empty makes a fresh one.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = work_pb2.AllocateWorkRequest(
+            request_id=request_id or str(uuid.uuid4()),
+            client=_identity(client),
+            max_items=max_items,
+            wait=values.duration(wait),
+            target=target,
+            region=region,
+            traceparent=traceparent,
+        )
+        longer = wait.total_seconds() if wait else 0.0
+        answer = await self._transport.call(
+            self._stub.AllocateWork, request, call_seconds=self._transport.policy.call_seconds + longer
+        )
+        no_work = None
+        if answer.HasField("no_work"):
+            told = answer.no_work
+            no_work = NoWork(
+                values.member(BlockerKind, told.blocker), told.message, told.retry_after.ToTimedelta()
+            )
+        return Allocations(tuple(_allocation(allocation) for allocation in answer.allocations), no_work)
+
+    async def renew(self, leases: Sequence[Lease]) -> tuple[RenewedLease, ...]:
+        """Renews 1 to 1000 leases; each is answered for itself, in order.
+
+        Raises:
+            MusterError: the call was refused, or did not succeed in time.
+        """
+        answer = await self._transport.call(
+            self._stub.RenewLeases, work_pb2.RenewLeasesRequest(leases=[_lease(lease) for lease in leases])
+        )
+        return tuple(
+            RenewedLease(
+                item.allocation_key,
+                values.moment(item, "expires_at"),
+                item_error(item.error) if item.HasField("error") else None,
+            )
+            for item in answer.leases
+        )
+
+    async def release(self, leases: Sequence[Lease], *, reason: str = "") -> tuple[ReleasedLease, ...]:
+        """Gives 1 to 1000 units back unworked; each is answered for itself, in order.
+
+        Args:
+            leases: Which.
+            reason: For the log, up to 256 characters.
+
+        Raises:
+            MusterError: the call was refused, or did not succeed in time.
+        """
+        request = work_pb2.ReleaseLeasesRequest(leases=[_lease(lease) for lease in leases], reason=reason)
+        answer = await self._transport.call(self._stub.ReleaseLeases, request)
+        return tuple(
+            ReleasedLease(item.allocation_key, item_error(item.error) if item.HasField("error") else None)
+            for item in answer.leases
+        )
+
+    async def submit(
+        self, client: ClientIdentity, results: Sequence[WorkResult], *, total_seconds: float | None = None
+    ) -> tuple[SubmittedResult, ...]:
+        """Hands in 1 to 256 results; each is answered for itself, in order, and counts once however often it comes.
+
+        Args:
+            client: Who submits.
+            results: With at most 4 MiB in all.
+            total_seconds: How long to keep trying; None means the client's policy.
+
+        Raises:
+            MusterError: the call was refused, or did not succeed in time.
+        """
+        request = work_pb2.SubmitResultsRequest(
+            client=_identity(client), results=[_result(result) for result in results]
+        )
+        answer = await self._transport.call(self._stub.SubmitResults, request, total_seconds=total_seconds)
+        return tuple(
+            SubmittedResult(
+                item.allocation_key,
+                values.member(ResultDisposition, item.disposition),
+                values.moment(item, "recorded_at"),
+                item_error(item.error) if item.HasField("error") else None,
+            )
+            for item in answer.results
+        )
+
+    async def heartbeat(
+        self, client: ClientIdentity, *, goodbye: bool = False, total_seconds: float | None = None
+    ) -> HeartbeatReply:
+        """Tells that an instance lives, or with `goodbye` that it ends: its live leases are released then.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        answer = await self._transport.call(
+            self._stub.Heartbeat,
+            work_pb2.HeartbeatRequest(client=_identity(client), goodbye=goodbye),
+            call_seconds=min(total_seconds, self._transport.policy.call_seconds) if total_seconds else None,
+            total_seconds=total_seconds,
+        )
+        return HeartbeatReply(values.required_moment(answer, "server_time"), answer.drain, answer.released_leases)
+
+
+def _identity(client: ClientIdentity) -> work_pb2.ClientIdentity:
+    return work_pb2.ClientIdentity(
+        client_id=client.client_id,
+        client_name=client.client_name,
+        instance_number=client.instance_number,
+        user_folder_number=client.user_folder_number,
+        client_ip=client.client_ip,
+    )
+
+
+def _lease(lease: Lease) -> work_pb2.Lease:
+    return work_pb2.Lease(allocation_key=lease.allocation_key, lease_token=lease.lease_token)
+
+
+def _allocation(message: work_pb2.Allocation) -> Allocation:
+    assigned, persona = message.exit, message.persona
+    return Allocation(
+        lease=Lease(message.allocation_key, message.lease_token),
+        expires_at=values.required_moment(message, "expires_at"),
+        renewable_until=values.required_moment(message, "renewable_until"),
+        lease_duration=message.lease_duration.ToTimedelta(),
+        slot_id=message.slot_id,
+        work_date=date.fromisoformat(message.work_date),
+        keyword=message.keyword,
+        code=message.code,
+        target=message.target,
+        settings=values.plain_settings(message.settings),
+        exit=AssignedExit(assigned.exit_id, assigned.endpoint, assigned.region) if message.HasField("exit") else None,
+        persona=AssignedPersona(persona.persona_id, persona.lease_token, persona.generation)
+        if message.HasField("persona")
+        else None,
+        traceparent=message.traceparent,
+    )
+
+
+def _result(result: WorkResult) -> work_pb2.WorkResult:
+    return work_pb2.WorkResult(
+        lease=_lease(result.lease),
+        outcome=work_pb2.WorkOutcome.ValueType(result.outcome),
+        block_type=result.block_type,
+        execution_time=values.duration(result.execution_time),
+        applied_settings=values.setting_values(result.applied_settings),
+        exit_ip=result.exit_ip,
+        products=[
+            work_pb2.Product(
+                product_id=product.product_id,
+                title=product.title,
+                url=product.url,
+                rank=product.rank,
+                attributes=values.setting_values(product.attributes),
+            )
+            for product in result.products
+        ],
+        retry_after=values.duration(result.retry_after),
+        error_message=result.error_message,
+        persona_used=result.persona_used,
+    )

@@ -1,0 +1,90 @@
+"""Progress is the heartbeat: the leases of sessions that moved are renewed in rounds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+from uuid import UUID
+
+import structlog
+
+from session_tracker.metrics import RENEWALS
+from session_tracker.organizations import Organization, Organizations
+from session_tracker.sessions import Lease, Session
+
+_log = structlog.get_logger("leases")
+
+# As many as the allocator takes in one call.
+_MAX_LEASES = 1000
+
+
+class AllocatorUnavailable(Exception):
+    """The allocator did not answer, or refused the call as a whole."""
+
+
+class LeaseRenewer(Protocol):
+    """Renews leases at the allocator."""
+
+    async def renew(self, organization_id: UUID, leases: Sequence[Lease]) -> list[str | None]:
+        """Renews up to 1000 leases; returns for each None, or why it is lost, for people.
+
+        Raises:
+            AllocatorUnavailable: nothing is known of any of them.
+        """
+
+
+class Renewals:
+    """Renews, every `interval_seconds`, the leases of the sessions that moved since the last round.
+
+    A session that does not move is not renewed: its lease runs out and its work is handed out again. Neither is a
+    stalled one whose worker still reports. When the allocator does not answer, the round ends and the next one tries
+    again; leases run on meanwhile.
+    """
+
+    def __init__(self, organizations: Organizations, renewer: LeaseRenewer, interval_seconds: float) -> None:
+        self._organizations = organizations
+        self._renewer = renewer
+        self._interval_seconds = interval_seconds
+
+    async def loop(self) -> None:
+        """Renews for ever."""
+        while True:
+            await asyncio.sleep(self._interval_seconds)
+            await self.round()
+
+    async def round(self) -> None:
+        """Renews what moved since the last round."""
+        try:
+            for organization in self._organizations:
+                moved, organization.moved = organization.moved, []
+                for begin in range(0, len(moved), _MAX_LEASES):
+                    try:
+                        await self._renew(organization, moved[begin : begin + _MAX_LEASES])
+                    except AllocatorUnavailable:
+                        organization.moved += moved[begin:]
+                        raise
+        except AllocatorUnavailable as error:
+            _log.warning("leases are not renewed now: the next round tries again", reason=str(error))
+
+    async def _renew(self, organization: Organization, moved: list[Session]) -> None:
+        asked: list[tuple[Session, Lease]] = []
+        for session in moved:
+            # Ended sessions need no lease any more.
+            if session.lease is not None and organization.sessions.get(session.session_id) is session:
+                asked.append((session, session.lease))
+        if not asked:
+            return
+        try:
+            answers = await self._renewer.renew(organization.organization_id, [lease for _, lease in asked])
+        except AllocatorUnavailable:
+            RENEWALS.labels("unavailable").inc(len(asked))
+            raise
+        for (session, _), lost in zip(asked, answers, strict=True):
+            # From here on, a report makes it due again.
+            session.renewable = lost is None
+            if lost is not None:
+                organization.lose_lease(session, lost)
+        refused = sum(lost is not None for lost in answers)
+        RENEWALS.labels("refused").inc(refused)
+        RENEWALS.labels("renewed").inc(len(answers) - refused)

@@ -1,0 +1,171 @@
+"""Final results: committed once, in batches, before they are acknowledged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+from uuid import UUID
+
+from services.coalesce import Coalescer
+from session_tracker.errors import SessionAlreadyCompleted
+from session_tracker.metrics import RESULTS, RESULTS_PENDING
+from session_tracker.organizations import Organizations
+from session_tracker.sessions import State
+
+# One statement of so many rows stays below a megabyte even if each carries the largest snapshot of half a page.
+_MAX_BATCH = 256
+_MAX_WAITING = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a caller says came of a session.
+
+    Attributes:
+        session_id: Which.
+        state: One of `FINAL_STATES`.
+        stage: Empty means the last one reported.
+        started_at: None means the start on record.
+        config_snapshot: Redacted JSON; empty means what the session was started with.
+    """
+
+    session_id: str
+    state: State
+    stage: str
+    total_pages: int
+    products_found: int
+    errors_count: int
+    started_at: datetime | None
+    config_snapshot: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A row to record: an outcome, completed by what the live session knew. Fields as in `crawling_results`."""
+
+    organization_id: UUID
+    session_id: str
+    state: State
+    stage: str
+    total_pages: int
+    products_found: int
+    errors_count: int
+    started_at: datetime
+    config_snapshot: str
+    slot_id: str
+    client_id: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedResult:
+    """A row on record. `completed_at` is by the database's clock."""
+
+    organization_id: UUID
+    session_id: str
+    state: State
+    stage: str
+    total_pages: int
+    products_found: int
+    errors_count: int
+    started_at: datetime
+    completed_at: datetime
+    execution_time_seconds: float
+    config_snapshot: str
+    slot_id: str
+    client_id: str
+    message: str
+
+    def agrees_with(self, outcome: Outcome) -> bool:
+        """Whether an outcome says what is on record; what it leaves open agrees."""
+        return (
+            (self.state, self.total_pages, self.products_found, self.errors_count, self.message)
+            == (outcome.state, outcome.total_pages, outcome.products_found, outcome.errors_count, outcome.message)
+            and outcome.stage in ("", self.stage)
+            and outcome.started_at in (None, self.started_at)
+            and (
+                not outcome.config_snapshot
+                or json.loads(outcome.config_snapshot) == json.loads(self.config_snapshot or "null")
+            )
+        )
+
+
+class StartUnknown(Exception):
+    """The session is not live and the outcome does not say when it began."""
+
+
+class ResultStore(Protocol):
+    """Where results stand."""
+
+    async def record(self, results: Sequence[Result]) -> list[tuple[RecordedResult, bool]]:
+        """Records what is not on record, and returns for each what is, and whether this call recorded it."""
+
+
+class Results:
+    """Commits outcomes and then forgets their sessions.
+
+    Callers that come while a batch is committed share the next. A caller that gives up does not undo its outcome: the
+    same one sent again is answered with what was recorded.
+    """
+
+    def __init__(self, organizations: Organizations, store: ResultStore) -> None:
+        self._organizations = organizations
+        self._store = store
+        self._queue: Coalescer[Result, tuple[RecordedResult, bool]] = Coalescer(
+            "session results", self._commit, max_batch=_MAX_BATCH, max_waiting=_MAX_WAITING
+        )
+
+    async def complete(self, organization_id: UUID, outcome: Outcome) -> RecordedResult:
+        """Records the outcome of a session, live or not, and returns what is on record once it is committed.
+
+        Raises:
+            StartUnknown: it is not live, is not on record, and `started_at` is not given.
+            SessionAlreadyCompleted: another result is on record, and stands.
+            DatabaseUnavailable: nothing was acknowledged; the session is live still. Repeat it.
+            Overloaded: too many results wait.
+        """
+        session = self._organizations.of(organization_id).sessions.get(outcome.session_id)
+        started_at = outcome.started_at or (session.started_at if session else None)
+        if started_at is None:
+            raise StartUnknown
+        result = Result(
+            organization_id=organization_id,
+            session_id=outcome.session_id,
+            state=outcome.state,
+            stage=outcome.stage or (session.stage if session else ""),
+            total_pages=outcome.total_pages,
+            products_found=outcome.products_found,
+            errors_count=outcome.errors_count,
+            started_at=started_at,
+            config_snapshot=outcome.config_snapshot or (session.config_snapshot if session else ""),
+            slot_id=session.slot_id if session else "",
+            client_id=session.client_id if session else "",
+            message=outcome.message,
+        )
+        RESULTS_PENDING.inc()
+        try:
+            recorded, fresh = await self._queue.submit(result)
+        finally:
+            RESULTS_PENDING.dec()
+        if not recorded.agrees_with(outcome):
+            RESULTS.labels("refused").inc()
+            raise SessionAlreadyCompleted(outcome.session_id)
+        RESULTS.labels("recorded" if fresh else "repeated").inc()
+        return recorded
+
+    async def close(self) -> None:
+        """Waits for what was submitted."""
+        await self._queue.close()
+
+    async def _commit(self, results: Sequence[Result]) -> Sequence[tuple[RecordedResult, bool]]:
+        recorded = await self._store.record(results)
+        # Here and not in `complete`, whose caller may be gone by now.
+        for result, fresh in recorded:
+            organization = self._organizations.of(result.organization_id)
+            organization.complete(result.session_id, result.total_pages)
+            organization.results_committed += fresh
+        return recorded
