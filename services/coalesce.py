@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from typing import Generic, TypeVar
 
 from prometheus_client import Histogram
@@ -76,7 +77,8 @@ class Coalescer(Generic[Item, Result]):
         self._waiting.append((item, future))
         if self._free_lanes:
             self._free_lanes -= 1
-            task = asyncio.create_task(self._drain(), name=f"coalesce {self._name}")
+            # In a context of its own: a batch is nobody's call, and must not run on the deadline of whoever came first.
+            task = asyncio.create_task(self._drain(), name=f"coalesce {self._name}", context=Context())
             self._running.add(task)
             task.add_done_callback(self._running.discard)
         return await future

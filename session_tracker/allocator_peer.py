@@ -28,8 +28,7 @@ class AllocatorLeases:
         """See `LeaseRenewer.renew`."""
         request = work_pb2.RenewLeasesRequest(
             leases=[
-                work_pb2.Lease(allocation_key=str(lease.allocation_key), lease_token=lease.lease_token)
-                for lease in leases
+                work_pb2.Lease(allocation_key=lease.allocation_key, lease_token=lease.lease_token) for lease in leases
             ]
         )
         try:

@@ -68,11 +68,12 @@ class Renewals:
             _log.warning("leases are not renewed now: the next round tries again", reason=str(error))
 
     async def _renew(self, organization: Organization, moved: list[Session]) -> None:
-        asked: list[tuple[Session, Lease]] = []
-        for session in moved:
-            # Ended sessions need no lease any more.
-            if session.lease is not None and organization.sessions.get(session.session_id) is session:
-                asked.append((session, session.lease))
+        # Ended sessions need no lease any more.
+        asked = [
+            (session, session.lease)
+            for session in moved
+            if session.lease is not None and organization.sessions.get(session.session_id) is session
+        ]
         if not asked:
             return
         try:

@@ -156,16 +156,13 @@ class Organization:
             page = update.current_page
             gained = page - session.current_page
             state = update.state or RUNNING
-            if state != session.state:
-                gained_pace = self._enter(session, state, gained, now)
-            else:
-                gained_pace = True
+            paced = state == session.state or self._enter(session, state, gained, now)
             if gained:
                 session.current_page = page
                 pages += gained
                 if gained > 0:
                     rated += gained
-                    if gained_pace:
+                    if paced:
                         session.measure(gained, now)
             count = update.products_found
             if count != session.products_found:
@@ -245,6 +242,10 @@ class Organization:
             results_committed=self.results_committed,
         )
 
+    def count(self, state: State) -> int:
+        """Returns the live sessions of a state."""
+        return self._by_state[state]
+
     def complete(self, session_id: str, pages: int) -> None:
         """Forgets a session whose result is committed, if it is live, and remembers that it was completed.
 
@@ -279,11 +280,13 @@ class Organization:
             elif silent >= self._config.lost_after_seconds + self._config.forget_lost_after_seconds:
                 self._remove(session)
                 return True
-        elif session.state == RUNNING:
+        elif session.state == RUNNING and now - session.paged >= max(
             # Ten of its own pages: a slow session is not a stalled one.
-            if now - session.paged >= max(self._config.stalled_after_seconds, 10 * session.interval):
-                self._set_state(session, STALLED)
-                self.changes.mark(session)
+            self._config.stalled_after_seconds,
+            10 * session.interval,
+        ):
+            self._set_state(session, STALLED)
+            self.changes.mark(session)
         return False
 
     def lose_lease(self, session: Session, message: str) -> None:
@@ -329,6 +332,10 @@ class Organizations:
 
     def __iter__(self) -> Iterator[Organization]:
         return iter(list(self._known.values()))
+
+    def count(self, state: State) -> int:
+        """Returns the live sessions of a state in all organizations."""
+        return sum(organization.count(state) for organization in self)
 
     def wake_watchers(self) -> None:
         """Wakes everyone who waits for a change, so that they see the service drain."""

@@ -102,7 +102,10 @@ class ResultStore(Protocol):
     """Where results stand."""
 
     async def record(self, results: Sequence[Result]) -> list[tuple[RecordedResult, bool]]:
-        """Records what is not on record, and returns for each what is, and whether this call recorded it."""
+        """Records what is not on record, and returns for each what is, and whether this entry is what was recorded."""
+
+    async def find(self, organization_id: UUID, session_id: str) -> RecordedResult | None:
+        """Returns the result on record of a session, or None."""
 
 
 class Results:
@@ -131,7 +134,10 @@ class Results:
         session = self._organizations.of(organization_id).sessions.get(outcome.session_id)
         started_at = outcome.started_at or (session.started_at if session else None)
         if started_at is None:
-            raise StartUnknown
+            recorded = await self._store.find(organization_id, outcome.session_id)
+            if recorded is None:
+                raise StartUnknown
+            return self._answer(outcome, recorded, fresh=False)
         result = Result(
             organization_id=organization_id,
             session_id=outcome.session_id,
@@ -151,6 +157,10 @@ class Results:
             recorded, fresh = await self._queue.submit(result)
         finally:
             RESULTS_PENDING.dec()
+        return self._answer(outcome, recorded, fresh=fresh)
+
+    @staticmethod
+    def _answer(outcome: Outcome, recorded: RecordedResult, *, fresh: bool) -> RecordedResult:
         if not recorded.agrees_with(outcome):
             RESULTS.labels("refused").inc()
             raise SessionAlreadyCompleted(outcome.session_id)

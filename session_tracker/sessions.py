@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
+from sys import intern
 from typing import Protocol
-from uuid import UUID
 
 # A new page counts for a fifth: the mean follows a change of pace within some ten pages.
 _NEWEST_WEIGHT = 0.2
@@ -80,9 +80,9 @@ class Update(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """An allocation's lease, renewed while its session moves."""
+    """An allocation's lease, renewed while its session moves. `allocation_key` is a UUID in its usual text form."""
 
-    allocation_key: UUID
+    allocation_key: str
     lease_token: bytes
 
 
@@ -170,7 +170,8 @@ class Session:
     def __init__(self, registration: Registration, started_at: datetime, now: float) -> None:
         self.session_id = registration.session_id
         self.state: int = QUEUED
-        self.stage = registration.stage
+        # Interned: many sessions share these, and a session should cost less than 1 KB.
+        self.stage = intern(registration.stage)
         self.current_page = 0
         self.total_pages = registration.total_pages
         self.products_found = 0
@@ -182,10 +183,10 @@ class Session:
         self.interval = 0.0
         self.measured = 0
         self.changed = 0
-        self.slot_id = registration.slot_id
-        self.client_id = registration.client_id
-        self.tags = registration.tags
-        self.config_snapshot = registration.config_snapshot
+        self.slot_id = intern(registration.slot_id)
+        self.client_id = intern(registration.client_id)
+        self.tags = tuple(map(intern, registration.tags))
+        self.config_snapshot = intern(registration.config_snapshot)
         self.lease = registration.lease
         self.renewable = registration.lease is not None
         self.command: LeaseLost | None = None
@@ -195,7 +196,7 @@ class Session:
             # Nothing of it is measured: these pages were done before, at a pace unknown here.
             self.sequence = progress.sequence
             self.state = progress.state or RUNNING
-            self.stage = progress.stage or self.stage
+            self.stage = intern(progress.stage) or self.stage
             self.current_page = progress.current_page
             self.total_pages = progress.total_pages or self.total_pages
             self.products_found = progress.products_found

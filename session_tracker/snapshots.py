@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -27,13 +28,15 @@ def redact(snapshot: dict[str, Any]) -> str:
         container, depth = waiting.pop()
         if depth > _DEEPEST:
             raise ValueError(f"must be nested at most {_DEEPEST} levels deep")
-        entries = container.items() if isinstance(container, dict) else enumerate(container)
-        for key, value in list(entries):
-            if isinstance(key, str):
-                _refuse_unstorable(key)
-                if _SECRET_NAME.search(key):
-                    container[key] = REDACTED  # type: ignore[index]
-                    continue
+        if isinstance(container, dict):
+            for name in container:
+                _refuse_unstorable(name)
+                if _SECRET_NAME.search(name):
+                    container[name] = REDACTED
+            values: Iterable[Any] = container.values()
+        else:
+            values = container
+        for value in values:
             if isinstance(value, dict | list):
                 waiting.append((value, depth + 1))
             elif isinstance(value, str):

@@ -51,9 +51,7 @@ class PostgresResults:
             )
             fresh = {(row["organization_id"], row["session_id"]) for row in rows}
             found = {(row["organization_id"], row["session_id"]): _recorded(row) for row in rows}
-            others = {
-                key for result in results if (key := (result.organization_id, result.session_id)) not in found
-            }
+            others = {key for result in results if (key := (result.organization_id, result.session_id)) not in found}
             if others:
                 # A statement of its own: rows that another replica committed meanwhile are not seen by the first one.
                 rows = await connection.fetch(

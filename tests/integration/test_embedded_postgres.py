@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import asyncpg
-import psutil  # type: ignore[import-untyped]  # it ships no types
+import psutil
 import psycopg
 import pytest
 

@@ -4,7 +4,7 @@ import functools
 import os
 import socket
 
-import docker  # type: ignore[import-untyped]  # it ships no types
+import docker
 
 _TIMEOUT_SECONDS = 2.0
 

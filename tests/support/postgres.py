@@ -21,7 +21,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from services.launcher.postgres import EmbeddedPostgres, ensure_database
+from services.launcher.databases import ensure_database
+from services.launcher.postgres import EmbeddedPostgres
 from tests.support import docker_answers
 
 # The data of a test run may be lost with the machine; what the server answers does not depend on these.

@@ -166,10 +166,7 @@ class Bundles:
                     raise DataLoss("DATA_LOSS", "PART_CORRUPT", f"{part} came with another size or hash than announced")
             return Bundle(persona_id, found, MappingProxyType({part: bytes(data) for part, data in loaded.items()}))
 
-        answer: Bundle = await self._transport.repeat(
-            attempt, call_seconds=_STREAM_SECONDS, total_seconds=2 * _STREAM_SECONDS
-        )
-        return answer
+        return await self._transport.repeat(attempt, call_seconds=_STREAM_SECONDS, total_seconds=2 * _STREAM_SECONDS)
 
     async def _save_stream(
         self, request_id: str, persona_id: str, lease_token: bytes, parts: Mapping[str, bytes]

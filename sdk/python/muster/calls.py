@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import tenacity
@@ -122,18 +122,16 @@ class Transport:
         async def attempt(seconds: float) -> Response:
             return await method(request, timeout=seconds, metadata=self._metadata)
 
-        return await self.repeat(
-            attempt, idempotent=idempotent, call_seconds=call_seconds, total_seconds=total_seconds
-        )
+        return await self.repeat(attempt, idempotent=idempotent, call_seconds=call_seconds, total_seconds=total_seconds)
 
     async def repeat(
         self,
-        attempt: Callable[[float], Any],
+        attempt: Callable[[float], Awaitable[Response]],
         *,
         idempotent: bool = True,
         call_seconds: float | None = None,
         total_seconds: float | None = None,
-    ) -> Any:
+    ) -> Response:
         """Runs `attempt`, a coroutine function of its deadline in seconds, by the rules of `call`.
 
         Raises:
@@ -158,7 +156,7 @@ class Transport:
         raise AssertionError("tenacity returns or raises")
 
     async def stream(
-        self, method: Callable[..., AsyncIterator[Response]], request: Any, *, seconds: float | None = None
+        self, method: grpc.aio.UnaryStreamMultiCallable[Any, Response], request: Any, *, seconds: float | None = None
     ) -> AsyncIterator[Response]:
         """Yields the answers of a call that streams them; one attempt.
 
@@ -203,7 +201,7 @@ class Transport:
         message = error.details() or ""
         reason, metadata, violations, retry_after = "", {}, [], None
         try:
-            status = rpc_status.from_call(error)
+            status = rpc_status.from_call(cast(grpc.Call, error))
         except (ValueError, DecodeError):
             # Details that contradict the status are a proxy's or an attacker's; the code alone is believed.
             status = None
@@ -222,9 +220,7 @@ class Transport:
                 retry_after = retry.retry_delay.ToTimedelta()
         if not reason:
             message = f"the {self.service} at {self.address}: {message or 'no answer'}"
-        return errors.restore(
-            code, reason, message, metadata=metadata, violations=violations, retry_after=retry_after
-        )
+        return errors.restore(code, reason, message, metadata=metadata, violations=violations, retry_after=retry_after)
 
     async def close(self) -> None:
         """Closes the channel; calls in flight end. Safe to call twice, and when never used."""
@@ -237,9 +233,7 @@ class Transport:
 def item_error(error: Any) -> errors.MusterError:
     """Returns the typed error of an `ItemError` message."""
     codes = {code.value[0]: code.name for code in grpc.StatusCode}
-    return errors.restore(
-        codes.get(error.code, "UNKNOWN"), error.reason, error.message, metadata=dict(error.metadata)
-    )
+    return errors.restore(codes.get(error.code, "UNKNOWN"), error.reason, error.message, metadata=dict(error.metadata))
 
 
 def may_repeat(error: BaseException, *, idempotent: bool) -> bool:
@@ -259,7 +253,7 @@ def pause_seconds(error: BaseException | None, attempt: int) -> float:
     retry_after: timedelta | None = getattr(error, "retry_after", None)
     if retry_after is not None:
         return retry_after.total_seconds() * (1 + random.random() / 10)  # noqa: S311  (not a secret)
-    return random.uniform(0, min(0.1 * 2**min(attempt - 1, 10), 5.0))  # noqa: S311  (not a secret)
+    return random.uniform(0, min(0.1 * 2 ** min(attempt - 1, 10), 5.0))  # noqa: S311  (not a secret)
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

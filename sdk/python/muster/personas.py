@@ -10,7 +10,6 @@ from enum import IntEnum
 
 from muster import values
 from muster.calls import Transport, item_error
-from muster.errors import MusterError
 from muster.persona_store.v1 import checkout_pb2, checkout_pb2_grpc, persona_pb2, persona_pb2_grpc
 
 

@@ -294,9 +294,7 @@ class Work:
         no_work = None
         if answer.HasField("no_work"):
             told = answer.no_work
-            no_work = NoWork(
-                values.member(BlockerKind, told.blocker), told.message, told.retry_after.ToTimedelta()
-            )
+            no_work = NoWork(values.member(BlockerKind, told.blocker), told.message, told.retry_after.ToTimedelta())
         return Allocations(tuple(_allocation(allocation) for allocation in answer.allocations), no_work)
 
     async def renew(self, leases: Sequence[Lease]) -> tuple[RenewedLease, ...]:

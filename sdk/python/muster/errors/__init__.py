@@ -1,7 +1,7 @@
 """What a call can be refused with: one class per status code, and a subclass for each reason worth telling apart.
 
-Catch the class that says what you will do about it: `NotFound`, `Unavailable` and the like are stable, and a reason that
-this release does not know comes as the class of its status code.
+Catch the class that says what you will do about it: `NotFound`, `Unavailable` and the like are stable, and a reason
+that this release does not know comes as the class of its status code.
 """
 
 from __future__ import annotations

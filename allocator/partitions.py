@@ -1,0 +1,51 @@
+"""The allocator's partitioned tables: it makes their partitions itself, so that none is ever missing."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import TYPE_CHECKING
+
+import structlog
+
+from services import partitions
+from services.partitions import Interval
+from services.postgres import queries
+
+if TYPE_CHECKING:
+    from services.postgres import Database
+
+_SQL = queries("allocator", "upkeep.sql")
+_log = structlog.get_logger("allocator.partitions")
+
+SCHEMA = "allocator"
+TABLES: dict[str, Interval] = {
+    "work_slots_history": Interval.MONTH,
+    "daily_work_tracking": Interval.MONTH,
+    "exit_toggle_logs": Interval.MONTH,
+    "work_allocations": Interval.WEEK,
+    "work_results": Interval.MONTH,
+    "product_results": Interval.MONTH,
+    "client_activity_logs": Interval.WEEK,
+}
+# Three intervals ahead outlast any pause of the service short of weeks; one behind serves organizations whose day
+# began before UTC's did, and leases that straddle the turn.
+_AHEAD, _BEHIND = 3, 1
+
+
+class Partitions:
+    """Makes the partitions that should stand around today."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def ensure(self) -> None:
+        """Makes what is missing. Safe to run from several replicas at once."""
+        today: date = await self._database.fetchval(_SQL["today"])
+        async with self._database.connection() as connection:
+            for table, interval in TABLES.items():
+                wanted = partitions.planned(SCHEMA, table, interval, today, ahead=_AHEAD, behind=_BEHIND)
+                for made in await partitions.ensure(connection, SCHEMA, table, wanted):
+                    _log.info("partition made", partition=made.name)
+            # A partitioned table cannot hand its fill factor down.
+            for row in await connection.fetch(_SQL["loosen_tracking"], SCHEMA):
+                await connection.execute(row["statement"])

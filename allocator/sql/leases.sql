@@ -1,0 +1,139 @@
+-- How leases live and end. All are bound to one organization. Rows are locked in the order leases (by key),
+-- work_allocations (by key), daily_work_tracking (by day and slot), exits (by id), by every transaction.
+
+-- name: renew_leases
+-- Moves the expiry of live leases that the caller proves to hold. $1 organization, $2 keys, $3 tokens, $4 duration in
+-- seconds. Index: primary key. Stays within the page: no changed column is indexed.
+WITH held AS MATERIALIZED (
+  SELECT l.allocation_key
+  FROM unnest($2::uuid[], $3::uuid[]) AS u (key, token)
+  JOIN leases l ON l.organization_id = $1 AND l.allocation_key = u.key AND l.lease_token = u.token
+  WHERE l.expires_at > clock_timestamp() AND l.expires_at < l.renewable_until
+  ORDER BY l.allocation_key
+  FOR UPDATE OF l
+)
+UPDATE leases l
+SET expires_at = greatest(l.expires_at,
+  least(l.renewable_until, clock_timestamp() + $4::float8 * interval '1 second'))
+FROM held h
+WHERE l.organization_id = $1 AND l.allocation_key = h.allocation_key
+RETURNING l.allocation_key, l.expires_at;
+
+-- name: lock_leases
+-- Locks leases in key order. $1 organization, $2 keys. Index: primary key.
+SELECT allocation_key, lease_token, work_date, slot_id, exit_id, exit_epoch, persona_need IS NOT NULL AS needs_persona,
+  persona_id, client_id, instance_number, traceparent, granted_at, expires_at, renewable_until,
+  expires_at > clock_timestamp() AS is_live
+FROM leases WHERE organization_id = $1 AND allocation_key = ANY ($2::uuid[])
+ORDER BY allocation_key
+FOR UPDATE;
+
+-- name: leases_of_instance
+-- $1 organization, $2 client, $3 instance. Index: leases_holder.
+SELECT allocation_key FROM leases WHERE organization_id = $1 AND client_id = $2 AND instance_number = $3;
+
+-- name: find_ended
+-- Allocations that have ended. $1 organization, $2 keys, $3 the days that their keys allow: the only partitions looked
+-- into. Index: primary key.
+SELECT allocation_key, lease_token, work_date, slot_id, exit_id, persona_id, client_id, instance_number, traceparent,
+  status, late, recorded_at, quarantined
+FROM work_allocations
+WHERE organization_id = $1 AND work_date = ANY ($3::date[]) AND allocation_key = ANY ($2::uuid[])
+ORDER BY allocation_key;
+
+-- name: lock_ended
+-- As find_ended, under row locks in key order. $1 organization, $2 keys, $3 days. Index: primary key.
+SELECT allocation_key, lease_token, work_date, slot_id, exit_id, persona_id, client_id, instance_number, traceparent,
+  status, late, recorded_at, quarantined
+FROM work_allocations
+WHERE organization_id = $1 AND work_date = ANY ($3::date[]) AND allocation_key = ANY ($2::uuid[])
+ORDER BY allocation_key
+FOR UPDATE;
+
+-- name: organizations_to_sweep
+-- Whose leases the sweep must look at. The only statement over all organizations. Index: leases_sweep_at.
+SELECT DISTINCT organization_id FROM leases WHERE sweep_at <= clock_timestamp();
+
+-- name: postpone_sweep
+-- Leases that were renewed since they were last looked at come up again when they expire. $1 organization, $2 at most.
+-- Index: leases_sweep_at.
+UPDATE leases SET sweep_at = expires_at
+WHERE allocation_key = ANY (ARRAY(
+  SELECT allocation_key FROM leases
+  WHERE organization_id = $1 AND sweep_at <= clock_timestamp() AND expires_at > clock_timestamp()
+  ORDER BY allocation_key LIMIT $2 FOR UPDATE SKIP LOCKED));
+
+-- name: lock_expired
+-- Leases that ran out, in key order; those that another transaction ends at this moment are passed over, since they
+-- need no sweep or come up again. $1 organization, $2 at most. Index: leases_sweep_at.
+SELECT allocation_key, lease_token, work_date, slot_id, exit_id, exit_epoch, persona_need IS NOT NULL AS needs_persona,
+  persona_id, client_id, instance_number, traceparent, granted_at, expires_at, renewable_until, false AS is_live
+FROM leases
+WHERE organization_id = $1 AND sweep_at <= clock_timestamp() AND expires_at <= clock_timestamp()
+ORDER BY allocation_key LIMIT $2
+FOR UPDATE SKIP LOCKED;
+
+-- name: lock_tracking
+-- Locks days of slots in order and returns the room of each. $1 organization, $2 days, $3 slots. Index: primary key.
+SELECT t.work_date, t.slot_id, t.quota - (t.allocated - t.expired - t.released) AS room
+FROM unnest($2::date[], $3::uuid[]) AS u (work_date, slot_id)
+JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = u.work_date AND t.slot_id = u.slot_id
+ORDER BY t.work_date, t.slot_id
+FOR UPDATE OF t;
+
+-- name: count_ends
+-- Moves the counters of days, locked in order. $1 organization, $2 days, $3 slots, $4 succeeded, $5 failed, $6 blocked,
+-- $7 expired (negative for results that came late), $8 released. Index: primary key.
+WITH moved AS MATERIALIZED (
+  SELECT t.work_date, t.slot_id, u.succeeded, u.failed, u.blocked, u.expired, u.released
+  FROM unnest($2::date[], $3::uuid[], $4::integer[], $5::integer[], $6::integer[], $7::integer[], $8::integer[])
+    AS u (work_date, slot_id, succeeded, failed, blocked, expired, released)
+  JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = u.work_date AND t.slot_id = u.slot_id
+  ORDER BY t.work_date, t.slot_id
+  FOR UPDATE OF t
+)
+UPDATE daily_work_tracking t
+SET succeeded = t.succeeded + m.succeeded, failed = t.failed + m.failed, blocked = t.blocked + m.blocked,
+  expired = t.expired + m.expired, released = t.released + m.released
+FROM moved m
+WHERE t.organization_id = $1 AND t.work_date = m.work_date AND t.slot_id = m.slot_id;
+
+-- name: return_exit_uses
+-- Gives uses back, unless the exit was toggled since they were taken. $1 organization, $2 exits, $3 epochs, $4 uses.
+-- Index: primary key.
+WITH returned AS MATERIALIZED (
+  SELECT e.exit_id, u.uses
+  FROM unnest($2::uuid[], $3::integer[], $4::integer[]) AS u (exit_id, epoch, uses)
+  JOIN exits e ON e.organization_id = $1 AND e.exit_id = u.exit_id AND e.toggle_epoch = u.epoch
+  ORDER BY e.exit_id
+  FOR UPDATE OF e
+)
+UPDATE exits e SET use_count = e.use_count - r.uses
+FROM returned r
+WHERE e.organization_id = $1 AND e.exit_id = r.exit_id;
+
+-- name: end_leases
+-- Ends locked leases: the row moves from leases to work_allocations, and the check-in of its persona into the outbox.
+-- $1 organization, $2 keys, $3 statuses, $4 late, $5 outcomes of the persona's use. Returns when. Index: primary key.
+WITH asked AS (
+  SELECT * FROM unnest($2::uuid[], $3::smallint[], $4::boolean[], $5::smallint[]) AS u (key, status, late, outcome)
+), gone AS (
+  DELETE FROM leases l USING asked a
+  WHERE l.organization_id = $1 AND l.allocation_key = a.key
+  RETURNING l.*, a.status, a.late, a.outcome
+), ended AS (
+  INSERT INTO work_allocations (organization_id, work_date, allocation_key, slot_id, exit_id, persona_id, client_id,
+    instance_number, lease_token, status, late, allocated_at, expires_at, ended_at, recorded_at, traceparent)
+  SELECT organization_id, work_date, allocation_key, slot_id, exit_id, persona_id, client_id, instance_number,
+    lease_token, status, late, granted_at, expires_at, statement_timestamp(),
+    CASE WHEN status IN (2, 3, 4) THEN statement_timestamp() END, traceparent
+  FROM gone
+), told AS (
+  INSERT INTO outbox (organization_id, holder, outcome)
+  SELECT organization_id, allocation_key, outcome FROM gone WHERE persona_need IS NOT NULL
+)
+SELECT statement_timestamp() AS ended_at;
+
+-- name: enqueue_check_ins
+-- For check-outs whose lease ended before they could be noted on it. $1 organization, $2 holders.
+INSERT INTO outbox (organization_id, holder, outcome) SELECT $1, holder, 1 FROM unnest($2::uuid[]) AS u (holder);

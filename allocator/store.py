@@ -1,0 +1,59 @@
+"""What every store of the allocator stands on: transactions that are tried again when PostgreSQL asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import asyncpg
+
+from allocator.partitions import Partitions
+from services.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from services.postgres import Connection, Database
+
+Result = TypeVar("Result")
+
+# The lock order of the statements leaves no deadlock among themselves; operators and migrations may still make one.
+_TRIES = 5
+
+
+class Store:
+    """Runs work in transactions.
+
+    Args:
+        database: The allocator's database.
+        partitions: Makes a partition that is found missing.
+    """
+
+    def __init__(self, database: Database, partitions: Partitions) -> None:
+        self.database = database
+        self._partitions = partitions
+
+    async def atomically(self, work: Callable[[Connection], Awaitable[Result]]) -> Result:
+        """Runs `work` in one transaction at READ COMMITTED, and again if it fell to a deadlock or a missing partition.
+
+        Args:
+            work: Must have no effect but in the database, since it may run several times.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer, or a row stayed locked longer than `lock_timeout`.
+        """
+        for left in reversed(range(_TRIES)):
+            try:
+                async with self.database.transaction() as connection:
+                    return await work(connection)
+            except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+                if not left:
+                    raise
+            except asyncpg.CheckViolationError as error:
+                # PostgreSQL reports a row without a partition as a violated check without a name.
+                if error.constraint_name or not left:
+                    raise
+                await self._partitions.ensure()
+            except asyncpg.LockNotAvailableError as error:
+                raise DatabaseUnavailable(
+                    "a row stayed locked for too long; nothing was changed", retry_after_seconds=1.0
+                ) from error
+        raise AssertionError("the last try returns or raises")
