@@ -52,8 +52,8 @@ async def _work(job: muster.Job, journal: Journal, name: str, site: str, profile
         job.progress(page=page, total=total, products=products, errors=errors, stage="reading results")
 
     job.progress(page=0, total=0, products=0, stage="searching")
-    # A unit is a few seconds' work, so it is finished even when its lease is lost meanwhile: the service decides whether
-    # the late result counts.
+    # A unit is a few seconds' work, so it is finished even when its lease is lost meanwhile: the service decides
+    # whether the late result counts.
     max_pages = int(job.settings.get("max_pages", 3))
     manners = Manners(delay_seconds=_PAGE_SECONDS)
     outcome = await crawl(site, exit_endpoint, job.keyword, max_pages, profile, on_page, manners=manners)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from persona_store import metrics
-from persona_store.errors import NoPersonaMatches, PersonaCheckedOut, PersonaNotFound
+from persona_store.errors import PersonaCheckedOut, PersonaNotFound
 from persona_store.personas import Persona
 from services.coalesce import Coalescer
 from services.errors import DomainError, Overloaded
@@ -164,7 +164,6 @@ class CheckOuts:
             results[index] = Overloaded(
                 "other replicas took every persona that was picked", retry_after_seconds=0.25, queue="check-outs"
             )
-        # Errors that callers share must not share a traceback, which would grow with every raise.
         return [results[index] for index in range(len(orders))]
 
 
@@ -174,14 +173,14 @@ def proposed(order: Order, persona_id: UUID) -> Attempt:
 
 
 def refusal(
-    order: Order, existing: Lease | None, holder: Lease | None, *, found: bool
+    order: Order, existing: Lease | None, held_until: datetime | None, *, found: bool
 ) -> PersonaNotFound | PersonaCheckedOut | None:
     """Returns why a named persona was not to be had, or None when it should be by now.
 
     Args:
         order: What was asked for; its selection is an id.
         existing: The live check-out of the order's holder.
-        holder: The live exclusive check-out of the persona.
+        held_until: When the persona's exclusive check-out ends; None when there is none, or it is no hindrance.
         found: Whether the persona stands and is not discarded.
     """
     assert isinstance(order.selection, UUID)
@@ -189,8 +188,8 @@ def refusal(
         return other_check_out(existing)
     if not found:
         return PersonaNotFound(order.selection)
-    if holder is not None:
-        return PersonaCheckedOut(order.selection, holder.expires_at)
+    if held_until is not None:
+        return PersonaCheckedOut(order.selection, held_until)
     return None
 
 
@@ -205,21 +204,5 @@ def other_check_out(existing: Lease) -> PersonaCheckedOut:
 
 def is_same(order: Order, existing: Lease) -> bool:
     """Whether an order asks for the check-out its holder has."""
-    return order.mode is existing.mode and order.selection in (existing.persona_id, *_anything(order.selection))
-
-
-def _anything(selection: UUID | Criteria) -> tuple[Criteria, ...]:
-    return (selection,) if isinstance(selection, Criteria) else ()
-
-
-__all__ = [
-    "Attempt",
-    "CheckOut",
-    "CheckOuts",
-    "Criteria",
-    "Lease",
-    "Mode",
-    "NoPersonaMatches",
-    "Order",
-    "UseOutcome",
-]
+    fits = isinstance(order.selection, Criteria) or order.selection == existing.persona_id
+    return fits and order.mode is existing.mode

@@ -39,17 +39,15 @@ WHERE c.expires_at > clock_timestamp();
 
 -- name: find_exclusive
 -- Live exclusive check-outs by persona. $1 organizations, $2 personas, pairwise. Index: check_outs_exclusive.
-SELECT c.organization_id, c.holder, c.persona_id, c.expires_at
+SELECT c.organization_id, c.persona_id, c.expires_at
 FROM unnest($1::uuid[], $2::uuid[]) AS wanted (organization_id, persona_id)
 JOIN check_outs c USING (organization_id, persona_id)
 WHERE c.mode = 1 AND c.expires_at > clock_timestamp();
 
 -- name: matching_pools
--- $1 organization, $2 region or '', $3 tags, $4 least aging level, $5 how many at most. Index: the unique one, or
--- pools_tags.
+-- $1 organization, $2 region or '', $3 tags, $4 least aging level. Index: the unique one, or pools_tags.
 SELECT pool_id FROM pools
-WHERE organization_id = $1 AND ($2::text = '' OR region = $2) AND tags @> $3::text[] AND aging_level >= $4
-LIMIT $5;
+WHERE organization_id = $1 AND ($2::text = '' OR region = $2) AND tags @> $3::text[] AND aging_level >= $4;
 
 -- name: pick_from_pools
 -- Idle personas of few pools, longest idle first. $1 organization, $2 pools, $3 cool-down, $4 personas to leave out,
@@ -107,17 +105,26 @@ SELECT count(*) FROM check_outs c JOIN personas p USING (organization_id, person
 WHERE c.organization_id = $1 AND c.mode = 1 AND c.expires_at > now() AND p.status = 2
   AND ($2::integer[] IS NULL OR p.pool_id = ANY ($2));
 
--- name: count_cooling
--- Personas that match but rest, counted up to 1000. $1 organization, $2 pools or NULL for any, $3 cool-down.
--- Index: personas_turn.
+-- name: count_cooling_of_pools
+-- Personas that match but rest, counted up to 1000. $1 organization, $2 pools, $3 cool-down. Index: personas_pool_turn.
 SELECT count(*) FROM (
   SELECT FROM personas p
-  WHERE p.organization_id = $1 AND p.status = 2 AND ($2::integer[] IS NULL OR p.pool_id = ANY ($2))
+  WHERE p.organization_id = $1 AND p.status = 2 AND p.pool_id = ANY ($2::integer[])
     AND p.last_used_at > now() - $3::interval
     AND NOT EXISTS (
       SELECT FROM check_outs c
       WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now())
-  ORDER BY p.turn_at DESC
+  LIMIT 1000
+) AS cooling;
+
+-- name: count_cooling
+-- As before, of any pool. $1 organization, $2 cool-down. Index: personas_turn.
+SELECT count(*) FROM (
+  SELECT FROM personas p
+  WHERE p.organization_id = $1 AND p.status = 2 AND p.last_used_at > now() - $2::interval
+    AND NOT EXISTS (
+      SELECT FROM check_outs c
+      WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now())
   LIMIT 1000
 ) AS cooling;
 

@@ -1,0 +1,241 @@
+"""Leases: the right to a unit of work until a moment, and how it is renewed, given back and taken away.
+
+    granted ──submit──> succeeded | failed | blocked
+       ├── release, goodbye, no persona ──> released
+       └── expires_at passes ──> expired ──late result, room left──> succeeded | failed | blocked
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from enum import IntEnum
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import structlog
+import uuid_utils.compat as uuids
+
+from allocator.errors import AllocationNotFound, LeaseAgeExceeded, LeaseLost, LeaseTokenMismatch
+from allocator.metrics import ENDED
+from services.errors import DatabaseUnavailable, DomainError
+
+if TYPE_CHECKING:
+    from allocator.availability import Availability
+    from allocator.lease_store import LeaseStore
+
+_log = structlog.get_logger("allocator.leases")
+
+_SWEEP_LEASES = 1000
+
+
+class Status(IntEnum):
+    """Where an allocation stands, as in the contract and in the database."""
+
+    LEASED = 1
+    SUCCEEDED = 2
+    FAILED = 3
+    BLOCKED = 4
+    EXPIRED = 5
+    RELEASED = 6
+
+
+class PersonaUse(IntEnum):
+    """What the persona store is told at check-in, as in its contract and in the outbox."""
+
+    NOT_USED = 1
+    SUCCEEDED = 2
+    FAILED = 3
+    BLOCKED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseName:
+    """A lease and the token that proves it."""
+
+    key: UUID
+    token: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLease:
+    """A row of a live lease, locked. `is_live` is whether it has not run out by the database's clock."""
+
+    allocation_key: UUID
+    lease_token: UUID
+    work_date: date
+    slot_id: UUID
+    exit_id: UUID | None
+    exit_epoch: int | None
+    needs_persona: bool
+    persona_id: UUID | None
+    client_id: str
+    instance_number: int
+    traceparent: str | None
+    granted_at: datetime
+    expires_at: datetime
+    renewable_until: datetime
+    is_live: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndedAllocation:
+    """An allocation on record whose lease has ended."""
+
+    allocation_key: UUID
+    lease_token: UUID
+    work_date: date
+    slot_id: UUID
+    exit_id: UUID | None
+    persona_id: UUID | None
+    client_id: str
+    instance_number: int
+    traceparent: str | None
+    status: int
+    late: bool
+    recorded_at: datetime | None
+    quarantined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one locked lease ends."""
+
+    lease: HeldLease
+    status: Status
+    late: bool = False
+    use: PersonaUse = PersonaUse.NOT_USED
+
+
+def new_key() -> UUID:
+    """Returns a fresh allocation key, whose time names its partition."""
+    return uuids.uuid7()
+
+
+def new_token() -> UUID:
+    """Returns 16 random bytes; a UUID only because that is how PostgreSQL stores them in 16."""
+    return UUID(bytes=secrets.token_bytes(16))
+
+
+def work_dates(keys: Sequence[UUID]) -> list[date]:
+    """Returns the days that allocations with these keys can count on.
+
+    A UUIDv7 holds milliseconds since 1970 in its first 48 bits, and a day somewhere on earth is within one of UTC's.
+    """
+    days = set()
+    for key in keys:
+        milliseconds = key.int >> 80
+        # Keys are the callers' word: one far away names no partition.
+        if milliseconds < 253_370_000_000_000:
+            day = (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=milliseconds)).date()
+            days |= {day + timedelta(days=offset) for offset in (-1, 0, 1) if day > date(1970, 1, 2)}
+    return sorted(days)
+
+
+def refusal(name: LeaseName, held: HeldLease | None, ended: EndedAllocation | None) -> DomainError:
+    """Returns why a lease cannot be renewed or released."""
+    found = held or ended
+    if found is None:
+        return AllocationNotFound(name.key)
+    if found.lease_token != name.token:
+        return LeaseTokenMismatch(name.key)
+    if ended is not None:
+        return LeaseLost(name.key, Status(ended.status).name.lower())
+    assert held is not None
+    if not held.is_live:
+        return LeaseLost(name.key, "expired")
+    return LeaseAgeExceeded(name.key)
+
+
+def exit_returns(leases: Sequence[HeldLease]) -> Counter[tuple[UUID, int]]:
+    """Counts the uses that leases give back, by exit and epoch."""
+    return Counter(
+        (lease.exit_id, lease.exit_epoch)
+        for lease in leases
+        if lease.exit_id is not None and lease.exit_epoch is not None
+    )
+
+
+class Leases:
+    """Renews and ends leases.
+
+    Args:
+        store: The database.
+        availability: Is told of units that came back.
+        duration_seconds: How long a lease lasts from its renewal.
+        sweep_seconds: How often expired leases are looked for.
+    """
+
+    def __init__(
+        self, store: LeaseStore, availability: Availability, *, duration_seconds: float, sweep_seconds: float
+    ) -> None:
+        self._store = store
+        self._availability = availability
+        self._duration_seconds = duration_seconds
+        self._sweep_seconds = sweep_seconds
+
+    async def renew(self, organization_id: UUID, names: Sequence[LeaseName]) -> list[datetime | DomainError]:
+        """Returns the new expiry of each lease, or why it has none: AllocationNotFound, LeaseLost,
+        LeaseTokenMismatch, LeaseAgeExceeded.
+        """
+        renewed = await self._store.renew(organization_id, sorted(set(names), key=_by_key), self._duration_seconds)
+        lost = [name for name in names if name not in renewed]
+        found = await self._store.find(organization_id, [name.key for name in lost]) if lost else {}
+        return [
+            renewed[name] if name in renewed else refusal(name, *found.get(name.key, (None, None))) for name in names
+        ]
+
+    async def release(self, organization_id: UUID, names: Sequence[LeaseName], reason: str) -> list[DomainError | None]:
+        """Gives units back; returns for each None, or why not: AllocationNotFound, LeaseLost, LeaseTokenMismatch."""
+        held, ended = await self._store.release(organization_id, list(dict.fromkeys(names)))
+        self._gave_back(organization_id, len(held), Status.RELEASED)
+        if reason and held:
+            _log.info("leases released", leases=len(held), reason=reason)
+        answers: list[DomainError | None] = []
+        for name in names:
+            before = ended.get(name.key)
+            if name in held or (before and before.lease_token == name.token and before.status == Status.RELEASED):
+                answers.append(None)
+            else:
+                answers.append(refusal(name, held.get(name) or held.others.get(name.key), before))
+        return answers
+
+    async def goodbye(self, organization_id: UUID, client_id: str, instance_number: int) -> int:
+        """Gives back every lease of an instance that ends; returns how many."""
+        released = await self._store.release_instance(organization_id, client_id, instance_number)
+        self._gave_back(organization_id, released, Status.RELEASED)
+        return released
+
+    async def sweep(self) -> int:
+        """Ends the leases that ran out; returns how many. Safe to run from several replicas at once."""
+        swept = 0
+        for organization_id in await self._store.organizations_to_sweep():
+            while True:
+                expired = await self._store.expire(organization_id, _SWEEP_LEASES)
+                self._gave_back(organization_id, expired, Status.EXPIRED)
+                swept += expired
+                if expired < _SWEEP_LEASES:
+                    break
+        return swept
+
+    async def sweep_for_ever(self) -> None:
+        """Sweeps every `sweep_seconds`; waits while the database is away."""
+        while True:
+            try:
+                await self.sweep()
+            except DatabaseUnavailable as error:
+                _log.warning("the sweep waits for the database", error=error.message)
+            await asyncio.sleep(self._sweep_seconds)
+
+    def _gave_back(self, organization_id: UUID, count: int, status: Status) -> None:
+        if count:
+            ENDED.labels(status.name.lower()).inc(count)
+            self._availability.outdate(organization_id)
+
+
+def _by_key(name: LeaseName) -> UUID:
+    return name.key
