@@ -98,9 +98,13 @@ class Spread:
         """Returns the source of one unit, None when none has room."""
         heap = self._heap
         while heap:
-            _, number, source = heap[0]
+            rank, number, source = heap[0]
             if source.room() <= 0:
                 heapq.heappop(heap)
+                continue
+            if rank != (now := source.rank()):
+                # Another region's heap used it.
+                heapq.heapreplace(heap, (now, number, source))
                 continue
             source.taken += 1
             heapq.heapreplace(heap, (source.rank(), number, source))
@@ -166,7 +170,7 @@ class OrganizationIndex:
         by_region: dict[str | None, list[AvailableExit]] = {None: exits}
         for exit_ in exits:
             by_region.setdefault(exit_.region, []).append(exit_)
-        # Regions share the exits themselves; a heap notices a source that another one used when it meets it.
+        # Regions share the exits themselves, so what one takes the other misses.
         self._exits = {region: Spread(members) for region, members in by_region.items()}
         self._exits_held = self._read(self._exits[None], begun)
 

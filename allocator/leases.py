@@ -191,17 +191,15 @@ class Leases:
 
     async def release(self, organization_id: UUID, names: Sequence[LeaseName], reason: str) -> list[DomainError | None]:
         """Gives units back; returns for each None, or why not: AllocationNotFound, LeaseLost, LeaseTokenMismatch."""
-        held, ended = await self._store.release(organization_id, list(dict.fromkeys(names)))
-        self._gave_back(organization_id, len(held), Status.RELEASED)
-        if reason and held:
-            _log.info("leases released", leases=len(held), reason=reason)
+        released, others = await self._store.release(organization_id, list(dict.fromkeys(names)))
+        self._gave_back(organization_id, len(released), Status.RELEASED)
+        if reason and released:
+            _log.info("leases released", leases=len(released), reason=reason)
         answers: list[DomainError | None] = []
         for name in names:
-            before = ended.get(name.key)
-            if name in held or (before and before.lease_token == name.token and before.status == Status.RELEASED):
-                answers.append(None)
-            else:
-                answers.append(refusal(name, held.get(name) or held.others.get(name.key), before))
+            held, ended = others.get(name.key, (None, None))
+            again = ended is not None and ended.lease_token == name.token and ended.status == Status.RELEASED
+            answers.append(None if name in released or again else refusal(name, held, ended))
         return answers
 
     async def goodbye(self, organization_id: UUID, client_id: str, instance_number: int) -> int:

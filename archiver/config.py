@@ -66,7 +66,7 @@ class ArchiverConfig(ServiceConfig):
     grpc: GrpcConfig = GrpcConfig(listen="127.0.0.1:7404")
     metrics: MetricsConfig = MetricsConfig(listen="127.0.0.1:9404")
     objects: ObjectStoreConfig = ObjectStoreConfig()
-    # The databases that policies may name. Each as the role that owns the tables: partitions are made and dropped there.
+    # The databases that policies may name, each as the role that owns the tables.
     sources: dict[str, PostgresConfig] = Field(default_factory=dict)
     schedule: ScheduleConfig = ScheduleConfig()
     query: QueryConfig = QueryConfig()

@@ -145,12 +145,12 @@ class _Sums:
         self._least: Any = None
         self._greatest: Any = None
 
-    def add(self, hashes: pa.Array, values: pa.Array, tie: pa.Array) -> None:
+    def add(self, hashes: Any, values: Any, tie: Any) -> None:
         self._present += len(hashes) - hashes.null_count
         self._total += pc.sum(hashes.view(pa.uint64())).as_py() or 0
         product = pc.multiply(pc.bit_wise_and(hashes, pa.scalar(_LOW, pa.int64())), tie)
         self._tie += pc.sum(product.view(pa.uint64())).as_py() or 0
-        extremes = pc.min_max(values if self._by_text else hashes).as_py()
+        extremes: dict[str, Any] = pc.min_max(values if self._by_text else hashes).as_py()
         if extremes["min"] is not None:
             # UTF-8 sorts by its bytes as its characters do by their numbers, which is how Python compares.
             self._least = extremes["min"] if self._least is None else min(self._least, extremes["min"])
@@ -166,7 +166,7 @@ def _shortened(extreme: object) -> str | None:
     return None if extreme is None else str(extreme)[:_EXTREME_CHARACTERS]
 
 
-def _hashes(batch: pa.RecordBatch, number: int, column: Column) -> pa.Array:
+def _hashes(batch: pa.RecordBatch, number: int, column: Column) -> Any:
     """Returns the values of a column hashed to int64, null where they are null."""
     if column.is_text or column.kind == "bytes":
         return _first_half(batch.column(f"d{number}"))
@@ -181,7 +181,7 @@ def _hashes(batch: pa.RecordBatch, number: int, column: Column) -> pa.Array:
     return values.cast(pa.int64())
 
 
-def _first_half(digests: pa.Array) -> pa.Array:
+def _first_half(digests: Any) -> Any:
     """Returns the first 8 of the 16 bytes of each digest as a big-endian number, which is how PostgreSQL reads it."""
     fixed = digests.cast(pa.binary(16))
     words = pa.Array.from_buffers(pa.uint64(), 2 * len(fixed), [None, fixed.buffers()[1]], offset=2 * fixed.offset)

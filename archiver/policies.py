@@ -7,6 +7,8 @@ else 90 days, daily counters 30 days.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from typing import TYPE_CHECKING
 
 import asyncpg
 import structlog
@@ -14,10 +16,12 @@ import structlog
 from archiver.config import PolicyConfig
 from archiver.errors import PolicyNotFound, TableUnsuitable
 from archiver.sources import Sources
-from archiver.store import Store
 from archiver.tables import PartitionedTable, read_table
 from services.errors import DomainError
 from services.partitions import Interval
+
+if TYPE_CHECKING:
+    from archiver.store import Store
 
 _log = structlog.get_logger("policies")
 
@@ -39,6 +43,7 @@ class Policy:
         key_column: For the Bloom filter and the order of rows; empty for none.
         organization_column: Binds a row to its organization.
         version: 0 for one that was not put yet.
+        partition_column: What the table is partitioned by, found out by `put`; kept, as cold files outlive the table.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Policy:
     key_column: str = ""
     organization_column: str = "organization_id"
     version: int = 0
+    partition_column: str = ""
 
     @property
     def qualified(self) -> str:
@@ -93,7 +99,7 @@ class Policies:
         """Makes or replaces a policy, after a look at its table.
 
         Args:
-            policy: Its version is of no account.
+            policy: its version and partition column are of no account.
             based_on: The version it is based on; None for whatever stands.
 
         Raises:
@@ -103,6 +109,7 @@ class Policies:
         async with self._sources.session(policy.source) as connection:
             table = await read_table(connection, policy.schema, policy.table)
         table.check(policy.interval, policy.key_column, policy.organization_column)
+        policy = replace(policy, partition_column=table.partition_column)
         try:
             version = await self._store.put_policy(policy, based_on)
         except asyncpg.UniqueViolationError:
@@ -111,7 +118,7 @@ class Policies:
             ) from None
         return replace(policy, version=version)
 
-    async def list(self) -> list[Policy]:
+    async def all(self) -> list[Policy]:
         """Returns all policies, by name."""
         return await self._store.list_policies()
 
@@ -131,34 +138,53 @@ class Policies:
         """Forgets a policy; partitions and cold files stay."""
         await self._store.delete_policy(name)
 
-    async def declare(self, declared: tuple[PolicyConfig, ...]) -> None:
-        """Puts the policies of the configuration that differ from what stands, and offers the defaults once each.
-
-        A table that is not there yet is left for the next time; one that does not suit is logged.
-        """
+    async def declare(self, declared: tuple[PolicyConfig, ...]) -> tuple[PolicyConfig, ...]:
+        """Puts the policies of the configuration that differ from what stands; returns those that cannot be put yet."""
         standing = {policy.name: policy for policy in await self._store.list_policies()}
+        waiting = []
         for config in declared:
             schema, _, table = config.table.partition(".")
             settings = config.model_dump(exclude={"table", "interval"})
             policy = Policy(schema=schema, table=table, interval=Interval(config.interval), **settings)
             known = standing.get(policy.name)
-            if known is None or replace(known, version=0) != policy:
-                await self._try_put(policy)
-        taken = {(policy.source, policy.qualified) for policy in await self._store.list_policies()}
-        for policy in DEFAULTS:
-            if policy.name in standing or (policy.source, policy.qualified) in taken:
-                continue
-            if not await self._store.was_offered(policy.name) and await self._try_put(policy, quiet=True):
-                await self._store.offer_default(policy.name)
+            if (known is None or replace(known, version=0, partition_column="") != policy) and not await self._try_put(
+                policy
+            ):
+                waiting.append(config)
+        return tuple(waiting)
 
-    async def _try_put(self, policy: Policy, *, quiet: bool = False) -> bool:
+    async def offer_defaults(self) -> bool:
+        """Puts each default policy once, when its table stands; returns whether some still wait for theirs.
+
+        One that an operator deleted is not put again, nor one whose table has a policy already.
+        """
+        standing = await self._store.list_policies()
+        names = {policy.name for policy in standing}
+        tables = {(policy.source, policy.qualified) for policy in standing}
+        waiting = False
+        for policy in DEFAULTS:
+            if not self._sources.knows(policy.source) or await self._store.was_offered(policy.name):
+                continue
+            if policy.name in names or (policy.source, policy.qualified) in tables:
+                continue
+            if await self._try_put(policy):
+                await self._store.offer_default(policy.name)
+            else:
+                waiting = True
+        return waiting
+
+    async def _try_put(self, policy: Policy) -> bool:
         try:
             await self.put(policy, None)
         except DomainError as error:
-            log = _log.debug if quiet else _log.error
-            log("a policy cannot be put", policy=policy.name, reason=error.reason, message=error.message)
+            _log.warning("a policy waits", policy=policy.name, reason=error.reason, message=error.message)
             return False
         return True
+
+
+def past_retention(policy: Policy, end: date, today: date) -> bool:
+    """Whether a partition that ends before `end` is wholly out of the hot window, in days of UTC."""
+    return policy.hot_retention_days > 0 and end <= today - timedelta(days=policy.hot_retention_days)
 
 
 def check_table(policy: Policy, table: PartitionedTable) -> None:

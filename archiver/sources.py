@@ -40,6 +40,10 @@ class Sources:
         self._dsns = {name: config.resolved_dsn() for name, config in configs.items()}
         self._timeouts = {name: config.connect_timeout_seconds for name, config in configs.items()}
 
+    def knows(self, name: str) -> bool:
+        """Whether a source is configured."""
+        return name in self._dsns
+
     def dsn(self, name: str) -> str:
         """Returns the URI of a source.
 

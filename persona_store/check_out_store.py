@@ -81,9 +81,7 @@ class CheckOutStore:
 
         return await repeated(work)
 
-    async def renew(
-        self, organization_id: UUID, items: Sequence[tuple[str, bytes, timedelta]]
-    ) -> dict[str, datetime]:
+    async def renew(self, organization_id: UUID, items: Sequence[tuple[str, bytes, timedelta]]) -> dict[str, datetime]:
         """Moves expiries of live check-outs to now plus a duration.
 
         Args:
@@ -315,9 +313,7 @@ class _Taking:
         held = {(row["organization_id"], row["persona_id"]): row["expires_at"] for row in rows}
         rows = await self._connection.fetch(_PERSONAS["find_personas"], organizations, personas)
         usable = {
-            (row["organization_id"], row["persona_id"])
-            for row in rows
-            if row["status"] != PersonaStatus.DISCARDED
+            (row["organization_id"], row["persona_id"]) for row in rows if row["status"] != PersonaStatus.DISCARDED
         }
         for attempt in refused:
             key = (attempt.order.organization_id, attempt.persona_id)

@@ -185,7 +185,7 @@ def refusal(
     """
     assert isinstance(order.selection, UUID)
     if existing is not None:
-        return other_check_out(existing)
+        return None if is_same(order, existing) else other_check_out(existing)
     if not found:
         return PersonaNotFound(order.selection)
     if held_until is not None:

@@ -44,8 +44,9 @@ class CheckOutLost(DomainError):
 
     reason = "CHECK_OUT_LOST"
 
-    def __init__(self, **metadata: str) -> None:
-        super().__init__("the check-out ended, or the token is not its token: stop using the persona", **metadata)
+    def __init__(self, *, holder: str = "", persona_id: str = "") -> None:
+        super().__init__("the check-out ended, or the token is not its token: stop using the persona")
+        self.metadata = {"holder": holder} if holder else {"persona_id": persona_id}
 
 
 class CheckOutReadOnly(DomainError):
@@ -63,7 +64,9 @@ class StatusTransitionRefused(DomainError):
     reason = "STATUS_TRANSITION_REFUSED"
 
     def __init__(self, before: str, after: str) -> None:
-        super().__init__(f"a persona does not go from {before} to {after}", **{"from": before, "to": after})
+        super().__init__(f"a persona does not go from {before} to {after}")
+        # The contract's `from` is a keyword of Python's.
+        self.metadata = {"from": before, "to": after}
 
 
 class NoPersonaMatches(DomainError):

@@ -13,6 +13,10 @@ import json
 import math
 from typing import Any
 
+# Real fingerprints have a handful of levels; a fixed limit answers alike whatever the interpreter's stack holds.
+_DEEPEST = 64
+_TOO_DEEP = f"must not be nested deeper than {_DEEPEST} levels"
+
 
 def fingerprint_sha256(data: bytes) -> bytes:
     """Returns the SHA-256 of the canonical form of a JSON object.
@@ -34,9 +38,9 @@ def canonical(data: bytes) -> bytes:
         )
         if not isinstance(parsed, dict):
             raise ValueError("must be a JSON object")
-        return _written(parsed).encode("utf-8")
+        return _written(parsed, 1).encode("utf-8")
     except RecursionError:
-        raise ValueError("must not be nested so deeply") from None
+        raise ValueError(_TOO_DEEP) from None
     except UnicodeError:
         raise ValueError("must be UTF-8 without lone surrogates") from None
     except json.JSONDecodeError as error:
@@ -54,12 +58,14 @@ def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _written(value: Any) -> str:
+def _written(value: Any, depth: int) -> str:
+    if depth > _DEEPEST and isinstance(value, dict | list):
+        raise ValueError(_TOO_DEEP)
     if isinstance(value, dict):
         names = sorted(value, key=lambda name: name.encode("utf-16-be"))
-        return "{" + ",".join(f"{_string(name)}:{_written(value[name])}" for name in names) + "}"
+        return "{" + ",".join(f"{_string(name)}:{_written(value[name], depth + 1)}" for name in names) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_written, value)) + "]"
+        return "[" + ",".join(_written(element, depth + 1) for element in value) + "]"
     if isinstance(value, str):
         return _string(value)
     if isinstance(value, float):

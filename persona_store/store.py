@@ -179,7 +179,7 @@ class PersonaStore:
                     raise PersonaNotFound(persona_id)
                 if any(row["mode"] == _EXCLUSIVE for row in ended):
                     await connection.execute(_CHECK_OUTS["rest"], organization_id, persona_id)
-                released = sum(row["live"] for row in ended)
+                released = len([row for row in ended if row["live"]])
                 await connection.execute(
                     _SQL["insert_event"],
                     uuid7.uuid7(),

@@ -61,6 +61,9 @@ def migrate(schema: Schema, dsn: str) -> list[str]:
             connection.exec_driver_sql(f'CREATE SCHEMA "{schema.name}"')
         connection.exec_driver_sql(f'SET LOCAL search_path = "{schema.name}"')
         before = _revision(schema, connection)
+        if before is not None and before not in _known(scripts):
+            # The database is ahead: a newer release migrated it, and expand-then-contract lets this one run on it.
+            return []
         config = _config(schema)
         config.attributes["connection"] = connection
         config.attributes["schema"] = schema.name
@@ -84,11 +87,15 @@ def pending(schema: Schema, dsn: str) -> list[str]:
     scripts = _scripts(schema)
     with _connection(schema, dsn) as connection:
         now = _revision(schema, connection)
-    known = [script.revision for script in scripts.walk_revisions()]
+    known = _known(scripts)
     if now is not None and now not in known:
-        # The database is ahead: a newer release migrated it, and expand-then-contract lets this one run on it.
         return []
     return [revision for revision in reversed(known) if now is None or known.index(revision) < known.index(now)]
+
+
+def _known(scripts: ScriptDirectory) -> list[str]:
+    """Returns this release's revisions, newest first."""
+    return [script.revision for script in scripts.walk_revisions()]
 
 
 def _revision(schema: Schema, connection: sqlalchemy.Connection) -> str | None:

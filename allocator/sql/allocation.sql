@@ -2,13 +2,13 @@
 
 -- name: slots_with_room
 -- Slots to propose: the best first. $1 organization, $2 target or NULL for any, $3 only slots without exit,
--- $4 persona needs to leave out, $5 how many. Index: work_slots_organization, primary key of daily_work_tracking.
+-- $4 persona needs to leave out ('*' for all), $5 how many. Index: work_slots_organization, primary key of daily_work_tracking.
 SELECT slot_id, priority, weight, quota, taken, tracked, without_exit, coalesce(persona_need, '') AS persona_need
 FROM slots_today($1)
 WHERE is_active AND in_date AND taken < quota
   AND ($2::text IS NULL OR target = $2)
   AND (NOT $3 OR without_exit)
-  AND (persona_need IS NULL OR NOT persona_need = ANY ($4::text[]))
+  AND (persona_need IS NULL OR NOT (persona_need = ANY ($4::text[]) OR '*' = ANY ($4::text[])))
 ORDER BY priority DESC, taken::float8 / quota / weight, slot_id
 LIMIT $5;
 
@@ -139,7 +139,3 @@ UPDATE leases l SET persona_id = u.persona_id, persona_token = u.token, persona_
 FROM unnest($2::uuid[], $3::uuid[], $4::bytea[], $5::bigint[]) AS u (key, persona_id, token, generation)
 WHERE l.organization_id = $1 AND l.allocation_key = u.key
 RETURNING l.allocation_key;
-
--- name: forget_request
--- A request whose every lease was given back before anybody heard of it. $1 organization, $2 id. Index: primary key.
-DELETE FROM requests WHERE organization_id = $1 AND method = 'AllocateWork' AND request_id = $2;

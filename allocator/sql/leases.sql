@@ -17,7 +17,7 @@ SET expires_at = greatest(l.expires_at,
   least(l.renewable_until, clock_timestamp() + $4::float8 * interval '1 second'))
 FROM held h
 WHERE l.organization_id = $1 AND l.allocation_key = h.allocation_key
-RETURNING l.allocation_key, l.expires_at;
+RETURNING l.allocation_key, l.lease_token, l.expires_at;
 
 -- name: lock_leases
 -- Locks leases in key order. $1 organization, $2 keys. Index: primary key.
@@ -137,3 +137,7 @@ SELECT statement_timestamp() AS ended_at;
 -- name: enqueue_check_ins
 -- For check-outs whose lease ended before they could be noted on it. $1 organization, $2 holders.
 INSERT INTO outbox (organization_id, holder, outcome) SELECT $1, holder, 1 FROM unnest($2::uuid[]) AS u (holder);
+
+-- name: forget_request
+-- A request whose every lease was given back before anybody heard of it. $1 organization, $2 id. Index: primary key.
+DELETE FROM requests WHERE organization_id = $1 AND method = 'AllocateWork' AND request_id = $2;

@@ -16,6 +16,8 @@ CREATE TABLE policies (
   -- Empty: none.
   key_column text NOT NULL,
   organization_column text NOT NULL,
+  -- What the table is partitioned by, found out at the put.
+  partition_column text NOT NULL,
   -- The etag; grows with every put and is never used twice, even after a deletion.
   version bigint NOT NULL,
   updated_at timestamptz NOT NULL DEFAULT now(),

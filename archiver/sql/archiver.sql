@@ -3,29 +3,30 @@
 -- name: list_policies
 -- All policies, by name. Index: primary key.
 SELECT name, source, schema_name, table_name, interval, ahead, hot_retention_days, cold_retention_days, legal_hold,
-       key_column, organization_column, version
+       key_column, organization_column, partition_column, version
 FROM policies ORDER BY name;
 
 -- name: find_policy
 -- $1 name. Index: primary key.
 SELECT name, source, schema_name, table_name, interval, ahead, hot_retention_days, cold_retention_days, legal_hold,
-       key_column, organization_column, version
+       key_column, organization_column, partition_column, version
 FROM policies WHERE name = $1;
 
 -- name: put_policy
--- Makes or replaces a policy; no row when it does not stand at the expected version. $1 to $11 the columns in order,
--- $12 the version it is based on, NULL for whatever stands. Index: primary key.
+-- Makes or replaces a policy; no row when it does not stand at the expected version. $1 to $12 the columns in order,
+-- $13 the version it is based on, NULL for whatever stands. Index: primary key.
 INSERT INTO policies AS p (name, source, schema_name, table_name, interval, ahead, hot_retention_days,
-                           cold_retention_days, legal_hold, key_column, organization_column, version)
-SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, nextval('policy_versions')
-WHERE $12::bigint IS NULL OR EXISTS (SELECT FROM policies WHERE name = $1 AND version = $12)
+                           cold_retention_days, legal_hold, key_column, organization_column, partition_column,
+                           version)
+SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, nextval('policy_versions')
+WHERE $13::bigint IS NULL OR EXISTS (SELECT FROM policies WHERE name = $1 AND version = $13)
 ON CONFLICT (name) DO UPDATE
 SET source = excluded.source, schema_name = excluded.schema_name, table_name = excluded.table_name,
     interval = excluded.interval, ahead = excluded.ahead, hot_retention_days = excluded.hot_retention_days,
     cold_retention_days = excluded.cold_retention_days, legal_hold = excluded.legal_hold,
     key_column = excluded.key_column, organization_column = excluded.organization_column,
-    version = excluded.version, updated_at = now()
-WHERE $12::bigint IS NULL OR p.version = $12
+    partition_column = excluded.partition_column, version = excluded.version, updated_at = now()
+WHERE $13::bigint IS NULL OR p.version = $13
 RETURNING version;
 
 -- name: delete_policy

@@ -1,8 +1,7 @@
 """Starts a program that dies with its parent, and that gives up root first where it should.
 
-The kernel forgets the parent-death signal when a process changes its user, and ties it to the thread that spawned; both
-are why a wrapper stands between fork and exec. What was tried: `docs/decisions/0003-embedded-postgresql.md`. Linux only,
-by `PR_SET_PDEATHSIG`.
+The kernel forgets the parent-death signal when a process changes its user, so a wrapper between fork and exec asks for
+it last. What was tried: `docs/decisions/0003-embedded-postgresql.md`. Linux only, by `PR_SET_PDEATHSIG`.
 """
 
 import inspect

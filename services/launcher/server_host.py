@@ -1,6 +1,6 @@
 """What an embedded server meets on its machine: binaries, users, processes, locks, a place for its socket.
 
-Nothing here knows a running server; `services.launcher.postgres` has the life cycle. Linux only, by `/proc` and `flock`.
+Nothing here knows a running server; `services.launcher.postgres` has the life cycle. Linux only.
 """
 
 import concurrent.futures
@@ -79,7 +79,9 @@ def server_major(binaries: Path) -> int:
     Raises:
         LauncherError: They do not run on this machine, or are too old.
     """
-    done = subprocess.run([binaries / "postgres", "--version"], env=server_environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [binaries / "postgres", "--version"], env=server_environment(), capture_output=True, text=True
+    )
     version = re.search(r"\(PostgreSQL\) (\d+)", done.stdout)
     if version is None:
         said = (done.stderr or done.stdout).strip() or "no output"

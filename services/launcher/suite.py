@@ -6,11 +6,11 @@ Everything is kept in one folder:
     objects/         bundles and archives, on the local file system
     keys/            the services' own key and the operator's, readable by their owner only
     muster.toml      written anew at every start; the environment (MUSTER_<SERVICE>__…) wins over it
-    client.env       where the services are and which key to use: read by `muster` and by the client package
-    logs/            one file per service
+    client.env       where the services are and which key to use, for a shell's `.`; written before they are ready
+    logs/            one file per service, moved to <service>.log.1 by a start that finds it above 16 MiB
 
-Each service is a process of its own, since a Python process has one interpreter lock, and each is restarted when it
-ends. Kubernetes runs the same `muster serve <service>`; no service knows how it was started.
+Each service is a process of its own, since a Python process has one interpreter lock. What ends unasked, a service or
+the database, is started again. Kubernetes runs the same `muster serve <service>`; no service knows how it was started.
 """
 
 from __future__ import annotations
@@ -18,24 +18,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 import grpc
+import psycopg
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import SecretStr
 
 from services.call import Role
 from services.config import PostgresConfig, read_secret
+from services.errors import DomainError
 from services.identity.keys import KeyStore
 from services.launcher.errors import LauncherError
 from services.launcher.postgres import EmbeddedPostgres
-from services.launcher.supervisor import Child, Event, Exited, Restarting, Started, Supervisor
+from services.launcher.supervisor import (
+    Backoff,
+    BadStart,
+    Child,
+    Event,
+    Exited,
+    Restarting,
+    Started,
+    Supervisor,
+)
+from services.metrics import split_address
 from services.migrations import SCHEMAS, migrate
 from services.postgres import Database
 
@@ -45,6 +58,10 @@ ORGANIZATION = "default"
 
 _READY_SECONDS = 30.0
 _FIRST_PORT = {"allocator": 0, "persona_store": 1, "session_tracker": 2, "archiver": 3}
+_LOG_BYTES = 16 * 1024 * 1024
+
+Result = TypeVar("Result")
+Given = ParamSpec("Given")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +80,16 @@ class Ports:
     metrics: int = 9401
 
     def endpoints(self) -> dict[str, Endpoint]:
-        """Returns where each service will listen."""
-        return {
-            name: Endpoint(
-                f"127.0.0.1:{self.grpc + place if self.grpc else _free_port()}",
-                f"127.0.0.1:{self.metrics + place if self.metrics else _free_port()}",
-            )
-            for name, place in _FIRST_PORT.items()
-        }
+        """Returns where each service will listen. A port that is free now may be taken by then."""
+        with contextlib.ExitStack() as held:
+            # All held until all are found, or the kernel could give one twice.
+            return {
+                name: Endpoint(
+                    f"127.0.0.1:{self.grpc + place if self.grpc else _free_port(held)}",
+                    f"127.0.0.1:{self.metrics + place if self.metrics else _free_port(held)}",
+                )
+                for name, place in _FIRST_PORT.items()
+            }
 
 
 class Suite:
@@ -80,7 +99,7 @@ class Suite:
         folder: Keeps everything; made if missing.
         ports: Where the services listen.
         environ: On top of the process's environment, for the services; overrides settings.
-        on_event: Called for every start, exit and restart of a service.
+        on_event: Called for every start, exit and restart of a service, and for an exit and restart of the database.
     """
 
     def __init__(
@@ -93,11 +112,13 @@ class Suite:
     ) -> None:
         self.folder = folder.absolute()
         self.endpoints = ports.endpoints()
-        self._environ = dict(environ or {})
+        self._environ = {**os.environ, **(environ or {})}
         self._on_event = on_event
         self._postgres = EmbeddedPostgres(self.folder / "postgres")
+        self._postgres_keeper: asyncio.Task[None] | None = None
         self._supervisor: Supervisor | None = None
-        self._logs: dict[str, IO[str]] = {}
+        self._logs: dict[str, BinaryIO] = {}
+        self._last_words: dict[str, str] = {}
 
     @property
     def supervisor(self) -> Supervisor:
@@ -110,6 +131,11 @@ class Suite:
         """Where the operator's key lies."""
         return self.folder / "keys" / "operator.key"
 
+    @property
+    def config_file(self) -> Path:
+        """The services' configuration."""
+        return self.folder / "muster.toml"
+
     def dsn(self, role: str = "postgres") -> str:
         """Returns the libpq URI of the suite's database for a role: `postgres`, or `muster_<schema>`."""
         return self._postgres.dsn(role, DATABASE)
@@ -118,58 +144,143 @@ class Suite:
         """Starts everything and waits until every service is ready.
 
         Raises:
-            StartupError: a part cannot start; what was started is stopped again.
+            StartupError: a part cannot start; what was started is stopped again. The same when it is cancelled, after
+                the step in hand has ended.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "logs").mkdir(exist_ok=True)
         try:
-            # In this thread, since the database's life is tied to the thread that starts it.
-            self._postgres.start()
-            self._postgres.ensure_database(DATABASE, {f"muster_{schema}": schema for schema in SCHEMAS})
-            for name, schema in SCHEMAS.items():
-                await asyncio.to_thread(migrate, schema, self.dsn(f"muster_{name}"))
-            await self._ensure_keys()
-            self._write_config()
-            self._write_client_env()
-            await self._start_services()
+            await self._start()
+        except OSError as error:
+            await self.stop()
+            place = error.filename or self.folder
+            cause = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror or error
+            raise LauncherError(
+                f"cannot use {place}: {cause}", "choose a data folder that this user can write, on a disk with room"
+            ) from error
+        except (psycopg.Error, DomainError) as error:
+            await self.stop()
+            raise LauncherError(
+                f"the embedded PostgreSQL does not serve: {_first_line(error)}", f"see {self._postgres.log}"
+            ) from error
         except BaseException:
             await self.stop()
             raise
+
+    async def _start(self) -> None:
+        self._refuse_other_addresses()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("logs", "objects", "keys"):
+            (self.folder / name).mkdir(mode=0o700, exist_ok=True)
+        # First, since it also says whether another suite has the folder: that one's files are not touched.
+        await _to_its_end(self._postgres.start)
+        self._refuse_taken_ports()
+        await _to_its_end(self._postgres.ensure_database, DATABASE, {f"muster_{schema}": schema for schema in SCHEMAS})
+        for name, schema in SCHEMAS.items():
+            await _to_its_end(migrate, schema, self.dsn(f"muster_{name}"))
+        self._postgres_keeper = asyncio.create_task(self._keep_postgres(), name="keep postgres")
+        await self._ensure_keys()
+        self._write_config()
+        self._write_client_env()
+        await self._start_services()
 
     async def stop(self) -> None:
         """Drains the services in reverse order, then the database; safe to call twice and before `start`."""
         if self._supervisor is not None:
             await self._supervisor.stop()
+        if self._postgres_keeper is not None:
+            self._postgres_keeper.cancel()
+            await asyncio.wait({self._postgres_keeper})
+        await asyncio.to_thread(self._postgres.stop)
         for log in self._logs.values():
             log.close()
         self._logs.clear()
-        await asyncio.to_thread(self._postgres.stop)
+
+    async def wait(self) -> None:
+        """Waits until the suite ends: by `stop`, or because a part cannot be kept running.
+
+        Raises:
+            LauncherError: a part cannot be kept running. The rest may still run: `stop` it.
+            AssertionError: before `start`.
+        """
+        keeper = self._postgres_keeper
+        assert keeper is not None
+        services = asyncio.ensure_future(self.supervisor.wait())
+        try:
+            await asyncio.wait({services, keeper}, return_when=asyncio.FIRST_COMPLETED)
+            if keeper.done() and not keeper.cancelled():
+                await keeper
+            await services
+        except BadStart as error:
+            raise LauncherError(
+                f"{error.name} cannot start{self._words_of(error.name)}", f"see {self._log_file(error.name)}"
+            ) from None
+        finally:
+            services.cancel()
 
     async def wait_ready(self, name: str) -> None:
         """Waits until a service answers that it serves.
 
         Raises:
-            LauncherError: it does not within 30 s, or its process could not start.
+            LauncherError: it does not within 30 s, or a part of the suite cannot be kept running.
         """
-        assert self._supervisor is not None
-        ended = asyncio.ensure_future(self._supervisor.wait())
+        ended = asyncio.ensure_future(self.wait())
         ready = asyncio.ensure_future(_serving(self.endpoints[name].grpc))
-        done, _ = await asyncio.wait((ended, ready), timeout=_READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        for task in (ended, ready):
-            if task not in done:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-        if ended in done:
-            with contextlib.suppress(LauncherError):
+        try:
+            done, _ = await asyncio.wait((ended, ready), timeout=_READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if ended in done:
                 await ended
-            raise LauncherError(f"{name} cannot start: {self._last_words(name)}", f"see {self._log_file(name)}")
-        if ready not in done:
-            raise LauncherError(f"{name} is not ready after {_READY_SECONDS:.0f} s", f"see {self._log_file(name)}")
+                raise LauncherError(f"{name} was stopped before it was ready", f"see {self._log_file(name)}")
+            if ready not in done:
+                raise LauncherError(
+                    f"{name} is not ready after {_READY_SECONDS:.0f} s{self._words_of(name)}",
+                    f"see {self._log_file(name)}",
+                )
+            await ready
+        finally:
+            ended.cancel()
+            ready.cancel()
+            await asyncio.wait({ended, ready})
+
+    def _refuse_other_addresses(self) -> None:
+        # The peers and the clients are told the launcher's addresses; a service elsewhere would never be found.
+        for name in SERVICES:
+            for table in ("GRPC", "METRICS"):
+                variable = f"MUSTER_{name.upper()}__{table}__LISTEN"
+                if any(given.upper() == variable and value for given, value in self._environ.items()):
+                    raise LauncherError(
+                        f"{variable} is set, but here the launcher gives out the addresses",
+                        "unset it, and choose ports with --port and --metrics-port",
+                    )
+
+    def _refuse_taken_ports(self) -> None:
+        # Asked before any service is: what listens there could answer that it is healthy, and be taken for ours.
+        for name, endpoint in self.endpoints.items():
+            for address, option in ((endpoint.grpc, "--port"), (endpoint.metrics, "--metrics-port")):
+                with socket.socket() as probe:
+                    # As the services do, so that what only lingers from their last run is no obstacle.
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    try:
+                        probe.bind(split_address(address))
+                    except OSError as error:
+                        raise LauncherError(
+                            f"the port {address} of {name} cannot be used: {error.strerror}",
+                            f"stop what uses it, or choose others with {option}",
+                        ) from None
+
+    async def _keep_postgres(self) -> None:
+        """Starts the database again whenever its server ends, until this is cancelled."""
+        backoff = Backoff()
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            code = await asyncio.to_thread(self._postgres.wait)
+            delay = backoff.after(loop.time() - began)
+            self._note(Exited("postgres", code))
+            self._note(Restarting("postgres", delay))
+            await asyncio.sleep(delay)
+            await _to_its_end(self._postgres.start)
+            self._note(Started("postgres", self._postgres.pid or 0))
 
     async def _ensure_keys(self) -> None:
-        folder = self.folder / "keys"
-        folder.mkdir(mode=0o700, exist_ok=True)
         config = PostgresConfig(dsn=SecretStr(self.dsn("muster_identity")), pool_min=0, pool_max=1)
         database = await Database.connect(config, "launcher")
         try:
@@ -178,7 +289,7 @@ class Suite:
                 ("service.key", Role.SERVICE, "the suite's own calls"),
                 ("operator.key", Role.ADMIN, "made by muster up"),
             ):
-                path = folder / file
+                path = self.folder / "keys" / file
                 if path.exists() and await store.find(read_secret(path)) is not None:
                     continue
                 _, key = await store.create(ORGANIZATION, role, name=name)
@@ -217,26 +328,22 @@ class Suite:
             lines.append("")
         _write_private(self.config_file, "\n".join(lines))
 
-    @property
-    def config_file(self) -> Path:
-        """The services' configuration."""
-        return self.folder / "muster.toml"
-
     def client_environment(self) -> dict[str, str]:
         """Returns what a client needs to reach the suite: the variables of `client.env`."""
         found = {f"MUSTER_{name.upper()}": endpoint.grpc for name, endpoint in self.endpoints.items()}
         return {**found, "MUSTER_API_KEY_FILE": str(self.operator_key_file)}
 
     def _write_client_env(self) -> None:
-        lines = [f"{name}={value}" for name, value in self.client_environment().items()]
+        lines = [f"{name}={shlex.quote(value)}" for name, value in self.client_environment().items()]
         _write_private(self.folder / "client.env", "\n".join(lines) + "\n")
 
     async def _start_services(self) -> None:
-        environ = {**os.environ, **self._environ}
-        program = [sys.executable, "-m", "services.cli.main", "serve"]
-        children = [Child(name, [*program, name, "--config", str(self.config_file)], environ) for name in SERVICES]
+        # -P: the folder where the operator stands may hold modules named like ours.
+        program = [sys.executable, "-P", "-m", "services.cli.main", "serve"]
+        config = ["--config", str(self.config_file)]
+        children = [Child(name, [*program, name, *config], self._environ) for name in SERVICES]
         for name in SERVICES:
-            self._logs[name] = self._log_file(name).open("a", encoding="utf-8", buffering=1)
+            self._logs[name] = _open_log(self._log_file(name))
         self._supervisor = Supervisor(children, on_line=self._keep_line, on_event=self._note)
         await self._supervisor.start()
         for name in SERVICES:
@@ -246,17 +353,26 @@ class Suite:
         return self.folder / "logs" / f"{name}.log"
 
     def _keep_line(self, name: str, line: str) -> None:
+        if line.strip() and not line.startswith("{"):
+            self._last_words[name] = line
+        self._log_line(name, line)
+
+    def _log_line(self, name: str, line: str) -> None:
         if name in self._logs:
-            self._logs[name].write(line + "\n")
+            # A full disk costs the line, not the service.
+            with contextlib.suppress(OSError):
+                self._logs[name].write(f"{line}\n".encode())
 
     def _note(self, event: Event) -> None:
-        self._keep_line(event.name, f"# {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {event}")
+        self._log_line(event.name, f"# {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {describe(event)}")
+        if isinstance(event, Started):
+            self._last_words.pop(event.name, None)
         self._on_event(event)
 
-    def _last_words(self, name: str) -> str:
-        lines = self._log_file(name).read_text(encoding="utf-8").splitlines()
-        spoken = [line for line in lines if not line.startswith(("{", "#"))]
-        return spoken[-1] if spoken else "it said nothing"
+    def _words_of(self, name: str) -> str:
+        """Returns the last thing a service said that is not a log line, ready to follow a cause."""
+        said = self._last_words.get(name, "").removeprefix("muster: ").removeprefix(f"{name}: ")
+        return f": {said}" if said else ""
 
 
 def describe(event: Event) -> str:
@@ -283,11 +399,33 @@ async def _serving(address: str) -> None:
             await asyncio.sleep(0.05)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+async def _to_its_end(work: Callable[Given, Result], *arguments: Given.args, **named: Given.kwargs) -> Result:
+    """Runs `work` in a thread. A cancellation waits for its end: nothing can interrupt it, and a stop would race it."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        task.exception()  # seen; being cancelled is what counts
+        raise
+
+
+def _free_port(held: contextlib.ExitStack) -> int:
+    probe = held.enter_context(socket.socket())
+    probe.bind(("127.0.0.1", 0))
+    port: int = probe.getsockname()[1]
+    return port
+
+
+def _open_log(path: Path) -> BinaryIO:
+    if path.exists() and path.stat().st_size > _LOG_BYTES:
+        path.replace(path.with_name(path.name + ".1"))
+    # Unbuffered: a line is in the file when it is written, and a failed write leaves nothing behind that fails again.
+    return path.open("ab", buffering=0)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _toml(text: str) -> str:

@@ -3,9 +3,9 @@
 A child's life:
 
 ```
-            spawn            exits by itself, code != 2
+            spawn            exits by itself
   stopped --------> running ----------------------------> waiting (backoff) --> running
-     ^                 |  exits with code 2
+     ^                 |  exits with code 2 at its first start
      |   stop()        v
      +------------- stopping: every child is stopped, wait() raises
 ```
@@ -17,6 +17,7 @@ child itself has started dies with it. Linux only, by `PR_SET_PDEATHSIG`.
 
 import asyncio
 import contextlib
+import itertools
 import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,11 @@ from services.launcher.errors import LauncherError
 from services.launcher.guard import guarded_argv as guarded_argv  # part of this module's face, as before
 
 BAD_START_CODE = 2
-"""Exit code of a child that cannot start as configured. Starting it again would fail alike, so nobody tries."""
+"""Exit code of a child that cannot start as configured. At its first start that is final: the next would fail alike.
+
+Later it is a crash like any other: with this configuration the child has run before, so what it misses (a database in
+recovery, a port just taken) may come back.
+"""
 
 _FIRST_DELAY_SECONDS = 0.2
 _LONGEST_DELAY_SECONDS = 10.0
@@ -76,6 +81,26 @@ class Restarting:
 
 
 Event = Started | Exited | Restarting
+
+
+class BadStart(LauncherError):
+    """A child exited with `BAD_START_CODE` at its first start.
+
+    Attributes:
+        name: The child's.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Name the child.
+
+        Args:
+            name: The child's.
+        """
+        super().__init__(
+            f"{name} refused to start (exit code {BAD_START_CODE})",
+            "its last line above says why; everything else was stopped",
+        )
+        self.name = name
 
 
 class Backoff:
@@ -169,7 +194,7 @@ class _Keeper:
     async def _keep(self) -> None:
         backoff = Backoff()
         loop = asyncio.get_running_loop()
-        while True:
+        for life in itertools.count():
             process = self._process
             assert process is not None
             assert process.stdout is not None
@@ -181,11 +206,8 @@ class _Keeper:
             self._on_event(Exited(self._child.name, code))
             if self._stopping.is_set():
                 return
-            if code == BAD_START_CODE:
-                raise LauncherError(
-                    f"{self._child.name} refused to start (exit code {code})",
-                    "its last line above says why; everything else was stopped",
-                )
+            if code == BAD_START_CODE and life == 0:
+                raise BadStart(self._child.name)
             lived_seconds = loop.time() - began
             while self._process is process:
                 delay = backoff.after(lived_seconds)
@@ -218,7 +240,7 @@ class _Keeper:
 
 
 class Supervisor:
-    """Runs children until it is stopped or one of them reports a bad start.
+    """Runs children until it is stopped or one of them reports a bad start at its first.
 
     The event loop's thread must live as long as the children: when it ends, the kernel kills them (`guarded_argv`).
     """
@@ -280,7 +302,7 @@ class Supervisor:
         """Wait until every child has been stopped, whoever asked for it.
 
         Raises:
-            LauncherError: A child exited with `BAD_START_CODE`, and so all were stopped.
+            BadStart: A child exited with `BAD_START_CODE` at its first start, and so all were stopped.
             Exception: A callback raised this, and so all were stopped.
         """
         await self._ended.wait()

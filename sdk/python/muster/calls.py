@@ -137,8 +137,8 @@ class Transport:
         Raises:
             MusterError: it was refused, or did not succeed in time.
         """
-        each = call_seconds or self.policy.call_seconds
-        total = max(total_seconds or self.policy.total_seconds, each)
+        total = total_seconds or max(self.policy.total_seconds, call_seconds or 0.0)
+        each = min(call_seconds or self.policy.call_seconds, total)
         clock = asyncio.get_running_loop().time
         end = clock() + total
         retrying = tenacity.AsyncRetrying(
@@ -196,7 +196,7 @@ class Transport:
         return self._metadata
 
     def restored(self, error: grpc.aio.AioRpcError) -> errors.MusterError:
-        """Returns the typed error of a failed call; one that has no details gets the service's address into its text."""
+        """Returns the typed error of a failed call; without details, its text names the service and its address."""
         code = error.code().name
         message = error.details() or ""
         reason, metadata, violations, retry_after = "", {}, [], None

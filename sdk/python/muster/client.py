@@ -34,6 +34,7 @@ class Client:
         policy: How long calls may take.
 
     Attributes:
+        policy: How long calls may take.
         work: Demands for work, leases and results.
         slots: Work slots.
         exits: Pooled exits.
@@ -59,6 +60,7 @@ class Client:
         tracking = Transport("session_tracker", "MUSTER_SESSION_TRACKER", session_tracker, api_key, policy)
         archiving = Transport("archiver", "MUSTER_ARCHIVER", archiver, api_key, policy)
         self._transports = (allocation, identities, tracking, archiving)
+        self.policy = policy
         self.work = Work(allocation)
         self.slots = Slots(allocation)
         self.exits = Exits(allocation)

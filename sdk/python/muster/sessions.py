@@ -195,9 +195,7 @@ class Sessions:
             lease_token=start.lease_token,
             progress=update_message(progress) if progress else None,
         )
-        answer = await self._transport.call(
-            self._stub.StartSession, request, call_seconds=total_seconds, total_seconds=total_seconds
-        )
+        answer = await self._transport.call(self._stub.StartSession, request, total_seconds=total_seconds)
         return _session(answer.session)
 
     async def report(self, updates: Sequence[ProgressUpdate]) -> tuple[UpdateVerdict, ...]:
@@ -235,9 +233,7 @@ class Sessions:
             started_at=values.timestamp(end.started_at),
             message=end.message,
         )
-        answer = await self._transport.call(
-            self._stub.CompleteSession, request, call_seconds=total_seconds, total_seconds=total_seconds
-        )
+        answer = await self._transport.call(self._stub.CompleteSession, request, total_seconds=total_seconds)
         return _result(answer.result)
 
     async def get(self, session_id: str) -> Session:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import IntEnum
 
@@ -12,6 +12,7 @@ from muster import values
 from muster.allocator.v1 import work_pb2, work_pb2_grpc
 from muster.calls import Transport, item_error
 from muster.errors import MusterError
+from muster.results import Lease, SubmittedResult, WorkResult, lease_message, result_message, submitted
 from muster.values import Setting
 
 
@@ -28,24 +29,6 @@ class BlockerKind(IntEnum):
     NO_PERSONA = 7
     PERSONA_STORE_UNAVAILABLE = 8
     CLIENT_DRAINING = 9
-
-
-class WorkOutcome(IntEnum):
-    """How a unit of work ended."""
-
-    UNSPECIFIED = 0
-    SUCCEEDED = 1
-    FAILED = 2
-    BLOCKED = 3
-
-
-class ResultDisposition(IntEnum):
-    """What was done with a result: it counts, it counts although late, or it is kept for an operator to decide."""
-
-    UNSPECIFIED = 0
-    RECORDED = 1
-    RECORDED_LATE = 2
-    QUARANTINED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +69,6 @@ class AssignedPersona:
     persona_id: str
     lease_token: bytes
     generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """Names a lease and proves that the caller holds it."""
-
-    allocation_key: str
-    lease_token: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,64 +146,6 @@ class ReleasedLease:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
-    """One thing found.
-
-    Attributes:
-        product_id: Its id at the target, 1 to 256 characters.
-        title: Up to 1024 characters.
-        url: Up to 2048 characters.
-        rank: Its place in the listing, from 1; 0 when it has none.
-        attributes: Anything else, up to 64 values.
-    """
-
-    product_id: str
-    title: str = ""
-    url: str = ""
-    rank: int = 0
-    attributes: Mapping[str, Setting] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkResult:
-    """What came of one unit.
-
-    Attributes:
-        lease: The lease it was done under.
-        outcome: How it ended.
-        execution_time: How long it took, up to 24 h.
-        block_type: What kind of block, 1 to 64 characters; only when blocked.
-        products: What was found, up to 1000.
-        applied_settings: The settings that were really applied.
-        exit_ip: The address the target saw, if known.
-        retry_after: How long the target asked to be left alone; None when it did not say.
-        error_message: Up to 1024 characters.
-        persona_used: Whether the persona was really used; its counters move only then.
-    """
-
-    lease: Lease
-    outcome: WorkOutcome
-    execution_time: timedelta
-    block_type: str = ""
-    products: Sequence[Product] = ()
-    applied_settings: Mapping[str, Setting] = field(default_factory=dict)
-    exit_ip: str = ""
-    retry_after: timedelta | None = None
-    error_message: str = ""
-    persona_used: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class SubmittedResult:
-    """The answer to one result: what was done with it and when, or why it was refused."""
-
-    allocation_key: str
-    disposition: ResultDisposition
-    recorded_at: datetime | None
-    error: MusterError | None
-
-
-@dataclass(frozen=True, slots=True)
 class HeartbeatReply:
     """The answer to a heartbeat.
 
@@ -263,6 +180,7 @@ class Work:
         region: str = "",
         traceparent: str = "",
         request_id: str = "",
+        total_seconds: float | None = None,
     ) -> Allocations:
         """Asks for units of work.
 
@@ -274,6 +192,7 @@ class Work:
             region: Only exits of this region; empty for any.
             traceparent: W3C trace context of the caller.
             request_id: A UUID that names this demand, to ask again after a lost answer; empty makes a fresh one.
+            total_seconds: How long to keep trying; None means the client's policy.
 
         Raises:
             MusterError: it was refused, or did not succeed in time.
@@ -289,7 +208,10 @@ class Work:
         )
         longer = wait.total_seconds() if wait else 0.0
         answer = await self._transport.call(
-            self._stub.AllocateWork, request, call_seconds=self._transport.policy.call_seconds + longer
+            self._stub.AllocateWork,
+            request,
+            call_seconds=self._transport.policy.call_seconds + longer,
+            total_seconds=total_seconds,
         )
         no_work = None
         if answer.HasField("no_work"):
@@ -297,14 +219,20 @@ class Work:
             no_work = NoWork(values.member(BlockerKind, told.blocker), told.message, told.retry_after.ToTimedelta())
         return Allocations(tuple(_allocation(allocation) for allocation in answer.allocations), no_work)
 
-    async def renew(self, leases: Sequence[Lease]) -> tuple[RenewedLease, ...]:
+    async def renew(self, leases: Sequence[Lease], *, total_seconds: float | None = None) -> tuple[RenewedLease, ...]:
         """Renews 1 to 1000 leases; each is answered for itself, in order.
+
+        Args:
+            leases: Which.
+            total_seconds: How long to keep trying; None means the client's policy.
 
         Raises:
             MusterError: the call was refused, or did not succeed in time.
         """
         answer = await self._transport.call(
-            self._stub.RenewLeases, work_pb2.RenewLeasesRequest(leases=[_lease(lease) for lease in leases])
+            self._stub.RenewLeases,
+            work_pb2.RenewLeasesRequest(leases=[lease_message(lease) for lease in leases]),
+            total_seconds=total_seconds,
         )
         return tuple(
             RenewedLease(
@@ -315,18 +243,21 @@ class Work:
             for item in answer.leases
         )
 
-    async def release(self, leases: Sequence[Lease], *, reason: str = "") -> tuple[ReleasedLease, ...]:
+    async def release(
+        self, leases: Sequence[Lease], *, reason: str = "", total_seconds: float | None = None
+    ) -> tuple[ReleasedLease, ...]:
         """Gives 1 to 1000 units back unworked; each is answered for itself, in order.
 
         Args:
             leases: Which.
             reason: For the log, up to 256 characters.
+            total_seconds: How long to keep trying; None means the client's policy.
 
         Raises:
             MusterError: the call was refused, or did not succeed in time.
         """
-        request = work_pb2.ReleaseLeasesRequest(leases=[_lease(lease) for lease in leases], reason=reason)
-        answer = await self._transport.call(self._stub.ReleaseLeases, request)
+        request = work_pb2.ReleaseLeasesRequest(leases=[lease_message(lease) for lease in leases], reason=reason)
+        answer = await self._transport.call(self._stub.ReleaseLeases, request, total_seconds=total_seconds)
         return tuple(
             ReleasedLease(item.allocation_key, item_error(item.error) if item.HasField("error") else None)
             for item in answer.leases
@@ -346,18 +277,10 @@ class Work:
             MusterError: the call was refused, or did not succeed in time.
         """
         request = work_pb2.SubmitResultsRequest(
-            client=_identity(client), results=[_result(result) for result in results]
+            client=_identity(client), results=[result_message(result) for result in results]
         )
         answer = await self._transport.call(self._stub.SubmitResults, request, total_seconds=total_seconds)
-        return tuple(
-            SubmittedResult(
-                item.allocation_key,
-                values.member(ResultDisposition, item.disposition),
-                values.moment(item, "recorded_at"),
-                item_error(item.error) if item.HasField("error") else None,
-            )
-            for item in answer.results
-        )
+        return tuple(submitted(item) for item in answer.results)
 
     async def heartbeat(
         self, client: ClientIdentity, *, goodbye: bool = False, total_seconds: float | None = None
@@ -370,7 +293,6 @@ class Work:
         answer = await self._transport.call(
             self._stub.Heartbeat,
             work_pb2.HeartbeatRequest(client=_identity(client), goodbye=goodbye),
-            call_seconds=min(total_seconds, self._transport.policy.call_seconds) if total_seconds else None,
             total_seconds=total_seconds,
         )
         return HeartbeatReply(values.required_moment(answer, "server_time"), answer.drain, answer.released_leases)
@@ -384,10 +306,6 @@ def _identity(client: ClientIdentity) -> work_pb2.ClientIdentity:
         user_folder_number=client.user_folder_number,
         client_ip=client.client_ip,
     )
-
-
-def _lease(lease: Lease) -> work_pb2.Lease:
-    return work_pb2.Lease(allocation_key=lease.allocation_key, lease_token=lease.lease_token)
 
 
 def _allocation(message: work_pb2.Allocation) -> Allocation:
@@ -408,28 +326,4 @@ def _allocation(message: work_pb2.Allocation) -> Allocation:
         if message.HasField("persona")
         else None,
         traceparent=message.traceparent,
-    )
-
-
-def _result(result: WorkResult) -> work_pb2.WorkResult:
-    return work_pb2.WorkResult(
-        lease=_lease(result.lease),
-        outcome=work_pb2.WorkOutcome.ValueType(result.outcome),
-        block_type=result.block_type,
-        execution_time=values.duration(result.execution_time),
-        applied_settings=values.setting_values(result.applied_settings),
-        exit_ip=result.exit_ip,
-        products=[
-            work_pb2.Product(
-                product_id=product.product_id,
-                title=product.title,
-                url=product.url,
-                rank=product.rank,
-                attributes=values.setting_values(product.attributes),
-            )
-            for product in result.products
-        ],
-        retry_after=values.duration(result.retry_after),
-        error_message=result.error_message,
-        persona_used=result.persona_used,
     )

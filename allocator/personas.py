@@ -1,0 +1,175 @@
+"""Personas for packages: checked out for the lease's whole life, under its key."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+from uuid import UUID
+
+from allocator.explanation import BlockerKind, NoWork
+from allocator.leases import PersonaUse, Status
+from allocator.metrics import ENDED
+from allocator.packages import AssignedPersona, Package
+from allocator.slots import PersonaNeed
+from services.coalesce import Coalescer
+
+if TYPE_CHECKING:
+    from allocator.allocation_store import AllocationStore
+    from allocator.availability import Availability
+    from allocator.lease_store import LeaseStore
+
+# What the persona store takes in one call.
+_BATCH = 256
+_WAITING = 65_536
+# A check-out outlives its lease by this much, so that the last save and the check-in find it.
+_MARGIN_SECONDS = 600.0
+# How long a need that was not met goes after other work.
+_FAILING_SECONDS = 1.0
+# Stands for every need: nobody answers.
+_ALL = "*"
+
+
+class PersonaStoreUnavailable(Exception):
+    """The persona store does not answer, or is not configured."""
+
+
+class PersonaStore(Protocol):
+    """The other service, as this one needs it."""
+
+    async def check_out(
+        self, organization_id: UUID, needs: Sequence[tuple[UUID, PersonaNeed]], duration_seconds: float
+    ) -> list[AssignedPersona | None]:
+        """Checks out a persona for each holder, or None where none matches. Raises: PersonaStoreUnavailable."""
+
+    async def check_in(self, organization_id: UUID, uses: Sequence[tuple[UUID, PersonaUse]]) -> None:
+        """Ends check-outs by holder. Safe to repeat. Raises: PersonaStoreUnavailable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What could not be completed: the needs to avoid, and what to tell a caller who gets nothing else."""
+
+    needs: frozenset[str]
+    no_work: NoWork
+
+
+_Answer = AssignedPersona | BlockerKind
+
+
+class Personas:
+    """Completes packages with personas.
+
+    Args:
+        store: Notes check-outs on leases.
+        leases: Takes back units whose need cannot be met.
+        availability: Is told of them.
+        peer: The persona store.
+        greatest_age_seconds: How long a lease can live.
+    """
+
+    def __init__(
+        self,
+        store: AllocationStore,
+        leases: LeaseStore,
+        availability: Availability,
+        peer: PersonaStore,
+        *,
+        greatest_age_seconds: float,
+    ) -> None:
+        self._store = store
+        self._leases = leases
+        self._availability = availability
+        self._peer = peer
+        self._duration_seconds = greatest_age_seconds + _MARGIN_SECONDS
+        self._queues: dict[UUID, Coalescer[Package, _Answer]] = {}
+        self._failing: dict[UUID, dict[str, float]] = {}
+
+    def failing(self, organization_id: UUID) -> frozenset[str]:
+        """Returns the needs that could not be met a moment ago."""
+        now = time.monotonic()
+        known = self._failing.get(organization_id, {})
+        for need in [need for need, until in known.items() if until < now]:
+            del known[need]
+        return frozenset(known)
+
+    async def complete(
+        self, organization_id: UUID, request_id: UUID, packages: Sequence[Package]
+    ) -> tuple[list[Package], Failed]:
+        """Returns the packages with their personas; those that get none are released, and `Failed` says why.
+
+        If the process ends in between, a retry of the request completes the packages, or their leases expire.
+
+        Args:
+            organization_id: The tenant.
+            request_id: Is forgotten if no package is left, so that the demand can be served otherwise.
+            packages: Of one request.
+
+        Raises:
+            DatabaseUnavailable: a retry completes the packages.
+        """
+        lacking = [package for package in packages if not package.is_complete]
+        answers = await self._answers(organization_id, lacking)
+        ready = [
+            package if package.is_complete else replace(package, persona=answer)
+            for package in packages
+            if package.is_complete or isinstance(answer := answers[package.key], AssignedPersona)
+        ]
+        unmet = [package for package in lacking if not isinstance(answers[package.key], AssignedPersona)]
+        kinds = {answers[package.key] for package in unmet}
+        away = BlockerKind.PERSONA_STORE_UNAVAILABLE in kinds
+        needs = {_ALL} if away else {package.need.to_json() for package in unmet if package.need}
+        if unmet:
+            count = await self._leases.release_unserved(
+                organization_id, [package.key for package in unmet], None if ready else request_id
+            )
+            ENDED.labels(Status.RELEASED.name.lower()).inc(count)
+            self._availability.outdate(organization_id)
+            until = time.monotonic() + _FAILING_SECONDS
+            self._failing.setdefault(organization_id, {}).update(dict.fromkeys(needs, until))
+        return ready, Failed(frozenset(needs), _UNAVAILABLE if away else _NO_MATCH)
+
+    async def close(self) -> None:
+        """Waits for what was begun."""
+        for queue in self._queues.values():
+            await queue.close()
+
+    async def _answers(self, organization_id: UUID, packages: Sequence[Package]) -> dict[UUID, _Answer]:
+        if not packages:
+            return {}
+        queue = self._queues.get(organization_id)
+        if queue is None:
+
+            async def run(batch: Sequence[Package]) -> Sequence[_Answer]:
+                return await self._check_out(organization_id, batch)
+
+            queue = self._queues[organization_id] = Coalescer(
+                "check_out", run, max_batch=_BATCH, max_waiting=_WAITING
+            )
+        answers = await asyncio.gather(*(queue.submit(package) for package in packages))
+        return {package.key: answer for package, answer in zip(packages, answers, strict=True)}
+
+    async def _check_out(self, organization_id: UUID, batch: Sequence[Package]) -> list[_Answer]:
+        needs = [(package.key, package.need) for package in batch if package.need is not None]
+        try:
+            found = await self._peer.check_out(organization_id, needs, self._duration_seconds)
+        except PersonaStoreUnavailable:
+            return [BlockerKind.PERSONA_STORE_UNAVAILABLE] * len(batch)
+        given = [(key, persona) for (key, _), persona in zip(needs, found, strict=True) if persona is not None]
+        noted = await self._store.attach_personas(organization_id, given) if given else set()
+        personas = {key: persona for key, persona in given if key in noted}
+        return [personas.get(package.key, BlockerKind.NO_PERSONA) for package in batch]
+
+
+_NO_MATCH = NoWork(
+    BlockerKind.NO_PERSONA,
+    "no persona that matches is idle: add personas, or wait until some are checked in",
+    retry_after_seconds=2.0,
+)
+_UNAVAILABLE = NoWork(
+    BlockerKind.PERSONA_STORE_UNAVAILABLE,
+    "the persona store does not answer: start it, or correct persona_store.target",
+    retry_after_seconds=2.0,
+)

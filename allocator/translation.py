@@ -1,0 +1,126 @@
+"""Between the contract's messages and the domain: what several servicers need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import date, datetime
+from typing import Any
+from uuid import UUID
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from muster.allocator.v1 import slot_pb2, work_pb2
+
+from allocator.clients import ClientIdentity
+from allocator.leases import LeaseName
+from allocator.slots import Setting, Tracking
+from services.errors import DomainError
+from services.status import Context, code_number
+from services.validate import Checks
+
+_MAX_SETTINGS = 64
+_SETTING_NAME = 64
+_SETTING_TEXT = 4096
+_PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F:.]+?)(%\w+)?\]?:\d+\Z")
+
+
+def moment(value: datetime | None) -> Timestamp | None:
+    """Returns a Timestamp, None for None."""
+    if value is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromDatetime(value)
+    return stamp
+
+
+def item_error(error: DomainError) -> work_pb2.ItemError:
+    """Returns the refusal of one item of a batch."""
+    return work_pb2.ItemError(
+        code=code_number(error.reason), reason=error.reason, message=error.message, metadata=error.metadata
+    )
+
+
+def client_identity(checks: Checks, owner: Any, context: Context) -> ClientIdentity:
+    """Checks the required field `client` of a request; the peer's address stands in for a missing one."""
+    if not owner.HasField("client"):
+        checks.fail("client", "required")
+    client: work_pb2.ClientIdentity = owner.client
+    address = checks.address("client.client_ip", client.client_ip)
+    if not address and (peer := _PEER.match(context.peer() or "")):
+        address = peer["address"]
+    return ClientIdentity(
+        client_id=checks.identifier("client.client_id", client.client_id),
+        client_name=checks.text("client.client_name", client.client_name, max_length=128),
+        instance_number=checks.number("client.instance_number", client.instance_number, least=0, most=65535),
+        user_folder_number=checks.number("client.user_folder_number", client.user_folder_number, least=0, most=65535),
+        client_ip=address,
+    )
+
+
+def lease_name(checks: Checks, path: str, lease: work_pb2.Lease) -> LeaseName:
+    """Checks a lease's key and token."""
+    key = checks.uuid(f"{path}.allocation_key", lease.allocation_key)
+    token = checks.token(f"{path}.lease_token", lease.lease_token)
+    return LeaseName(key, UUID(bytes=token) if len(token) == 16 else UUID(int=0))
+
+
+def settings(checks: Checks, field: str, values: Mapping[str, work_pb2.SettingValue]) -> dict[str, Setting]:
+    """Checks up to 64 opaque values with names of 1 to 64 characters."""
+    checks.count(field, values, least=0, most=_MAX_SETTINGS)
+    found: dict[str, Setting] = {}
+    for name in sorted(values):
+        value = values[name]
+        checks.text(f"{field} (name)", name, min_length=1, max_length=_SETTING_NAME)
+        kind = value.WhichOneof("kind")
+        path = f"{field}[{name[:_SETTING_NAME]}]"
+        if kind is None:
+            checks.fail(path, "required: a value")
+        elif kind == "double_value":
+            found[name] = checks.finite(path, value.double_value)
+        elif kind == "string_value":
+            found[name] = checks.text(path, value.string_value, max_length=_SETTING_TEXT)
+        else:
+            found[name] = getattr(value, kind)
+    return found
+
+
+def setting_message(value: Setting) -> work_pb2.SettingValue:
+    """Returns a value with its type."""
+    if isinstance(value, bool):
+        return work_pb2.SettingValue(bool_value=value)
+    if isinstance(value, int):
+        return work_pb2.SettingValue(int_value=value)
+    if isinstance(value, float):
+        return work_pb2.SettingValue(double_value=value)
+    return work_pb2.SettingValue(string_value=value)
+
+
+def settings_message(values: Mapping[str, Setting]) -> dict[str, work_pb2.SettingValue]:
+    """Returns values with their types, for a map field."""
+    return {name: setting_message(value) for name, value in values.items()}
+
+
+def tracking_message(tracking: Tracking | None) -> slot_pb2.DailyTracking | None:
+    """Returns one slot's day, None for None."""
+    if tracking is None:
+        return None
+    return slot_pb2.DailyTracking(
+        work_date=tracking.work_date.isoformat(),
+        quota=_uint32(tracking.quota),
+        allocated=_uint32(tracking.allocated),
+        succeeded=_uint32(tracking.succeeded),
+        failed=_uint32(tracking.failed),
+        blocked=_uint32(tracking.blocked),
+        expired=_uint32(tracking.expired),
+        released=_uint32(tracking.released),
+    )
+
+
+def day_text(day: date | None) -> str:
+    """Returns `YYYY-MM-DD`, '' for None."""
+    return day.isoformat() if day else ""
+
+
+def _uint32(value: int) -> int:
+    # The totals of thousands of slots at their greatest quota could pass it.
+    return min(value, 2**32 - 1)

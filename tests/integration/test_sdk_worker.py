@@ -1,0 +1,698 @@
+"""The worker loop over real servers that are scripted: results, leases, progress, and services that are away."""
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from muster import Client, Job, Product, ResultDisposition, RetryPolicy, Worker, errors
+from muster.allocator.v1 import work_pb2
+from muster.persona_store.v1 import bundle_pb2, persona_pb2
+from muster.session_tracker.v1 import session_pb2
+
+from services.status import code_number
+from tests.support.scripted import ScriptedServer, Status, refusal
+
+LEASED_AT = 1_800_000_000
+IDLE = timedelta(0)
+ALLOCATE = "WorkService/AllocateWork"
+SUBMIT = "WorkService/SubmitResults"
+RELEASE = "WorkService/ReleaseLeases"
+RENEW = "WorkService/RenewLeases"
+REPORT = "SessionService/ReportStream"
+START = "SessionService/StartSession"
+COMPLETE = "SessionService/CompleteSession"
+
+
+def item_error(reason: str) -> work_pb2.ItemError:
+    return work_pb2.ItemError(code=code_number(reason), reason=reason, message="as scripted")
+
+
+def unit(keyword: str = "json", *, lease_seconds: float = 300.0, persona: bool = False) -> work_pb2.Allocation:
+    allocation = work_pb2.Allocation(
+        allocation_key=str(uuid.uuid4()),
+        lease_token=b"l" * 16,
+        expires_at=Timestamp(seconds=LEASED_AT + int(lease_seconds), nanos=int(lease_seconds % 1 * 1e9)),
+        renewable_until=Timestamp(seconds=LEASED_AT + 7200),
+        lease_duration=Duration(seconds=int(lease_seconds), nanos=int(lease_seconds % 1 * 1e9)),
+        slot_id="slot-1",
+        work_date="2026-11-20",
+        keyword=keyword,
+        target="pydoc",
+        exit=work_pb2.AssignedExit(exit_id="e", endpoint="http://127.0.0.1:3128"),
+    )
+    allocation.settings["max_pages"].int_value = 4
+    if persona:
+        allocation.persona.CopyFrom(work_pb2.AssignedPersona(persona_id="p", lease_token=b"p" * 16, generation=1))
+    return allocation
+
+
+class House(ScriptedServer):
+    """Services that do their work; a test changes what it needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on(ALLOCATE, self.none())
+        self.on(SUBMIT, self.submit())
+        self.on(RENEW, self.renew())
+        self.on(RELEASE, self.release())
+        self.on("WorkService/Heartbeat", work_pb2.HeartbeatResponse())
+        self.on(START, session_pb2.StartSessionResponse())
+        self.on(REPORT, self.report())
+        self.on(COMPLETE, session_pb2.CompleteSessionResponse())
+
+    @staticmethod
+    def none(
+        blocker: work_pb2.BlockerKind.ValueType = work_pb2.BLOCKER_KIND_QUOTA_EXHAUSTED, seconds: float = 0.1
+    ) -> work_pb2.AllocateWorkResponse:
+        wait = Duration(nanos=int(seconds * 1e9))
+        return work_pb2.AllocateWorkResponse(no_work=work_pb2.NoWork(blocker=blocker, retry_after=wait))
+
+    def work(self, *units: work_pb2.Allocation) -> None:
+        answers = [work_pb2.AllocateWorkResponse(allocations=[one]) for one in units]
+        self.on(ALLOCATE, *answers, self.none())
+
+    @staticmethod
+    def submit(
+        disposition: work_pb2.ResultDisposition.ValueType = work_pb2.RESULT_DISPOSITION_RECORDED, reason: str = ""
+    ) -> Callable[..., Any]:
+        async def answer(request: work_pb2.SubmitResultsRequest, context: Any) -> work_pb2.SubmitResultsResponse:
+            return work_pb2.SubmitResultsResponse(
+                results=[
+                    work_pb2.SubmittedResult(allocation_key=result.lease.allocation_key, error=item_error(reason))
+                    if reason
+                    else work_pb2.SubmittedResult(allocation_key=result.lease.allocation_key, disposition=disposition)
+                    for result in request.results
+                ]
+            )
+
+        return answer
+
+    def renew(self, reason: str = "") -> Callable[..., Any]:
+        async def answer(request: work_pb2.RenewLeasesRequest, context: Any) -> work_pb2.RenewLeasesResponse:
+            renewed = []
+            for lease in request.leases:
+                if reason:
+                    renewed.append(work_pb2.RenewedLease(allocation_key=lease.allocation_key, error=item_error(reason)))
+                else:
+                    later = Timestamp(seconds=LEASED_AT + 600)
+                    renewed.append(work_pb2.RenewedLease(allocation_key=lease.allocation_key, expires_at=later))
+            return work_pb2.RenewLeasesResponse(leases=renewed)
+
+        return answer
+
+    @staticmethod
+    def release(reason: str = "") -> Callable[..., Any]:
+        async def answer(request: work_pb2.ReleaseLeasesRequest, context: Any) -> work_pb2.ReleaseLeasesResponse:
+            released = [
+                work_pb2.ReleasedLease(
+                    allocation_key=lease.allocation_key, error=item_error(reason) if reason else None
+                )
+                for lease in request.leases
+            ]
+            return work_pb2.ReleaseLeasesResponse(leases=released)
+
+        return answer
+
+    @staticmethod
+    def report(*, unknown: bool = False, lost: bool = False) -> Callable[..., Any]:
+        async def answer(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
+            async for batch in batches:
+                names = [update.session_id for update in batch.updates]
+                commands = [
+                    session_pb2.SessionCommand(
+                        session_id=name, kind=session_pb2.COMMAND_KIND_LEASE_LOST, message="expired"
+                    )
+                    for name in names
+                    if lost
+                ]
+                yield session_pb2.ReportStreamResponse(
+                    batch=batch.batch,
+                    taken=0 if unknown else len(names),
+                    unknown_sessions=names if unknown else [],
+                    commands=commands,
+                )
+
+        return answer
+
+    def results(self) -> list[work_pb2.WorkResult]:
+        return [result for request in self.calls[SUBMIT] for result in request.results]
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    made = House()
+    await made.start()
+    yield made
+    await made.stop()
+
+
+@pytest.fixture
+async def client(house: House) -> AsyncIterator[Client]:
+    there = house.address
+    policy = RetryPolicy(call_seconds=1.0, total_seconds=3.0)
+    async with Client(
+        api_key="k" * 40, allocator=there, persona_store=there, session_tracker=there, policy=policy
+    ) as made:
+        yield made
+
+
+async def run(client: Client, body: Callable[[Job], Any], *, stop_when_idle: timedelta | None = IDLE) -> None:
+    async with Worker(client, client_id="pc-1", instance_number=2, folder=3) as worker:
+        async for job in worker.jobs(stop_when_idle=stop_when_idle):
+            async with job:
+                await body(job)
+
+
+async def test_a_worker_gets_works_reports_and_hands_in(house: House, client: Client) -> None:
+    house.work(unit("json"), unit("socket"))
+    seen: list[str] = []
+
+    async def body(job: Job) -> None:
+        seen.append(job.keyword)
+        assert job.exit is not None
+        assert job.exit.endpoint == "http://127.0.0.1:3128"
+        assert job.settings == {"max_pages": 4}
+        job.progress(2, 4, 7, 1, stage="results")
+        await house.came(REPORT, len(seen))
+        found = [Product("json", "json", "http://x/json", 1, {"size": 3})]
+        assert await job.succeed(products=found, exit_ip="127.0.0.1") is ResultDisposition.RECORDED
+        assert job.settled
+
+    await run(client, body)
+    assert seen == ["json", "socket"]
+    first, second = house.results()
+    assert first.outcome == second.outcome == work_pb2.WORK_OUTCOME_SUCCEEDED
+    assert first.lease.lease_token == b"l" * 16
+    assert first.exit_ip == "127.0.0.1"
+    assert first.applied_settings["max_pages"].int_value == 4
+    assert first.products[0].attributes["size"].int_value == 3
+    assert not first.persona_used
+    assert 0 < first.execution_time.ToTimedelta().total_seconds() < 60
+    start = house.calls[START][0]
+    assert (start.session_id, start.allocation_key) == (first.lease.allocation_key,) * 2
+    assert (start.slot_id, start.client_id, start.config_snapshot_json) == ("slot-1", "pc-1", '{"max_pages": 4}')
+    update = house.calls[REPORT][0].updates[0]
+    assert (update.current_page, update.total_pages, update.products_found, update.errors_count) == (2, 4, 7, 1)
+    ends = house.calls[COMPLETE]
+    assert [end.state for end in ends] == [session_pb2.SESSION_STATE_COMPLETED] * 2
+    assert (ends[0].total_pages, ends[0].products_found, ends[0].stage) == (2, 7, "results")
+    identity = house.calls[ALLOCATE][0].client
+    assert (identity.client_id, identity.instance_number, identity.user_folder_number) == ("pc-1", 2, 3)
+    assert house.calls["WorkService/Heartbeat"][-1].goodbye
+    assert not house.calls[RELEASE]
+
+
+async def test_an_exception_is_recorded_as_failed_and_the_loop_goes_on(
+    house: House, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.work(unit("bad"), unit("good"))
+
+    async def body(job: Job) -> None:
+        if job.keyword == "bad":
+            raise RuntimeError("\x1b[31mno page\x1b[0m \ud800" + "x" * 2000)
+        await job.succeed()
+
+    with caplog.at_level(logging.ERROR, "muster.worker"):
+        await run(client, body)
+    bad, good = house.results()
+    assert bad.outcome == work_pb2.WORK_OUTCOME_FAILED
+    assert bad.error_message.startswith("RuntimeError:  [31mno page")
+    assert len(bad.error_message) == 1024
+    assert good.outcome == work_pb2.WORK_OUTCOME_SUCCEEDED
+    assert "bad" in caplog.text
+    assert [end.state for end in house.calls[COMPLETE]] == [
+        session_pb2.SESSION_STATE_FAILED,
+        session_pb2.SESSION_STATE_COMPLETED,
+    ]
+
+
+async def test_a_block_carries_its_kind_and_how_long_to_stay_away(house: House, client: Client) -> None:
+    house.work(unit())
+    await run(client, lambda job: job.blocked("http_429", retry_after=timedelta(days=3), message="later"))
+    (result,) = house.results()
+    assert result.outcome == work_pb2.WORK_OUTCOME_BLOCKED
+    assert (result.block_type, result.error_message) == ("http_429", "later")
+    assert result.retry_after.ToTimedelta() == timedelta(hours=24)
+
+
+async def test_leaving_without_a_result_gives_the_unit_back(house: House, client: Client) -> None:
+    house.work(unit("one"), unit("two"))
+
+    async def body(job: Job) -> None:
+        pass
+
+    await run(client, body)
+    # Without `async with job` the unit goes back when the next one is asked for.
+    house.work(unit("three"))
+    async with Worker(client, client_id="pc-1") as worker:
+        async for _ in worker.jobs(stop_when_idle=IDLE):
+            pass
+    assert len(house.calls[RELEASE]) == 3
+    assert not house.results()
+    assert {end.state for end in house.calls[COMPLETE]} == {session_pb2.SESSION_STATE_STOPPED}
+
+
+async def test_breaking_out_of_the_loop_gives_the_unit_back_before_the_goodbye(house: House, client: Client) -> None:
+    house.work(unit())
+    async with Worker(client, client_id="pc-1") as worker:
+        async for _ in worker.jobs():
+            break
+        assert not house.calls[RELEASE]
+    assert len(house.calls[RELEASE]) == 1
+    assert house.calls["WorkService/Heartbeat"][-1].goodbye
+
+
+async def test_a_cancelled_worker_gives_its_unit_back(house: House, client: Client) -> None:
+    house.work(unit())
+    working = asyncio.Event()
+
+    async def body(job: Job) -> None:
+        working.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(run(client, body))
+    await working.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [request.reason for request in house.calls[RELEASE]] == ["the work was cancelled"]
+    assert house.calls["WorkService/Heartbeat"][-1].goodbye
+
+
+async def test_stop_ends_the_loop_after_the_job_in_hand(house: House, client: Client) -> None:
+    house.on(ALLOCATE, work_pb2.AllocateWorkResponse(allocations=[unit()]))
+    done = 0
+    async with Worker(client, client_id="pc-1") as worker:
+        async for job in worker.jobs():
+            async with job:
+                worker.stop()
+                await job.succeed()
+                done += 1
+    assert done == 1
+
+
+async def test_stop_does_not_wait_for_the_end_of_a_rest(house: House, client: Client) -> None:
+    resting = Duration(seconds=590)
+    house.on(ALLOCATE, work_pb2.AllocateWorkResponse(no_work=work_pb2.NoWork(retry_after=resting)))
+    async with Worker(client, client_id="pc-1") as worker:
+        task = asyncio.create_task(anext(aiter(worker.jobs())))
+        await house.came(ALLOCATE)
+        worker.stop()
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(task, 5)
+
+
+async def test_the_worker_rests_for_as_long_as_it_is_told(house: House, client: Client) -> None:
+    house.on(ALLOCATE, House.none(seconds=0.3), House.none(work_pb2.BLOCKER_KIND_CLIENT_DRAINING))
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    async with Worker(client, client_id="pc-1") as worker:
+        assert [job async for job in worker.jobs()] == []
+        assert worker.stopping
+    assert 0.3 <= clock() - began < 3
+    first, second = house.calls[ALLOCATE]
+    assert first.request_id != second.request_id
+
+
+async def test_a_heartbeat_that_says_drain_ends_the_loop(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muster.worker.HEARTBEAT_SECONDS", 0.05)
+    house.on("WorkService/Heartbeat", work_pb2.HeartbeatResponse(drain=True))
+    async with Worker(client, client_id="pc-1") as worker:
+        async with asyncio.timeout(5):
+            assert [job async for job in worker.jobs()] == []
+
+
+async def test_while_the_allocator_is_away_the_same_demand_is_made_again(house: House, client: Client) -> None:
+    house.on(
+        ALLOCATE,
+        *[Status(grpc.StatusCode.UNAVAILABLE)] * 6,
+        work_pb2.AllocateWorkResponse(allocations=[unit()]),
+        House.none(),
+    )
+    await run(client, lambda job: job.succeed())
+    ids = [request.request_id for request in house.calls[ALLOCATE]]
+    assert len(set(ids[:7])) == 1
+    assert len(house.results()) == 1
+
+
+async def test_a_wrong_key_ends_the_loop_with_the_reason(house: House, client: Client) -> None:
+    house.on(ALLOCATE, refusal("INVALID_API_KEY"))
+    with pytest.raises(errors.Unauthenticated):
+        await run(client, lambda job: job.succeed())
+
+
+async def test_a_late_result_is_handed_in_and_the_worker_is_told(house: House, client: Client) -> None:
+    house.work(unit("late"), unit("gone"))
+    house.on(
+        SUBMIT,
+        House.submit(work_pb2.RESULT_DISPOSITION_RECORDED_LATE),
+        House.submit(work_pb2.RESULT_DISPOSITION_QUARANTINED),
+    )
+    dispositions = []
+
+    async def body(job: Job) -> None:
+        dispositions.append(await job.succeed())
+
+    await run(client, body)
+    assert dispositions == [ResultDisposition.RECORDED_LATE, ResultDisposition.QUARANTINED]
+
+
+async def test_a_result_that_is_refused_for_its_lease_sets_lease_lost(house: House, client: Client) -> None:
+    house.work(unit())
+    house.on(SUBMIT, House.submit(reason="LEASE_LOST"))
+
+    async def body(job: Job) -> None:
+        with pytest.raises(errors.LeaseLost):
+            await job.succeed()
+        assert job.lease_lost.is_set()
+
+    await run(client, body)
+    assert len(house.calls[SUBMIT]) == 1
+    assert not house.calls[RELEASE]
+
+
+async def test_a_result_that_is_refused_for_its_contents_is_recorded_as_failed(house: House, client: Client) -> None:
+    house.work(unit())
+    house.on(SUBMIT, refusal("INVALID_FIELD", "results[0].products[0].title: at most 1024 characters"), House.submit())
+    await run(client, lambda job: job.succeed(products=[Product("p", "t" * 2000)]))
+    refused, failed = house.results()
+    assert refused.outcome == work_pb2.WORK_OUTCOME_SUCCEEDED
+    assert failed.outcome == work_pb2.WORK_OUTCOME_FAILED
+    assert "at most 1024" in failed.error_message
+
+
+async def test_a_success_that_does_not_get_through_is_never_turned_into_a_failure(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muster.jobs._SUBMIT_SECONDS", 0.3)
+    house.work(unit())
+    house.on(SUBMIT, Status(grpc.StatusCode.UNAVAILABLE))
+    await run(client, lambda job: job.succeed())
+    assert {result.outcome for result in house.results()} == {work_pb2.WORK_OUTCOME_SUCCEEDED}
+    assert not house.calls[RELEASE]
+
+
+async def test_a_result_outlives_a_restart_of_the_allocator(house: House, client: Client) -> None:
+    house.work(unit())
+    house.on(SUBMIT, *[Status(grpc.StatusCode.UNAVAILABLE)] * 5, House.submit())
+    await run(client, lambda job: job.succeed())
+    assert len(house.results()) == 6
+
+
+async def test_the_worker_renews_by_itself_while_nothing_is_reported(house: House, client: Client) -> None:
+    house.work(unit(lease_seconds=0.6))
+
+    async def body(job: Job) -> None:
+        await house.came(RENEW, 3)
+        assert not job.lease_lost.is_set()
+        await job.succeed()
+
+    await run(client, body)
+    assert house.calls[RENEW][0].leases[0].lease_token == b"l" * 16
+    renewals = len(house.calls[RENEW])
+    await client.sessions.start(_start("unrelated"))
+    assert len(house.calls[RENEW]) == renewals
+
+
+def _start(name: str) -> Any:
+    from muster.sessions import SessionStart
+
+    return SessionStart(name)
+
+
+async def test_a_report_that_is_taken_puts_the_renewal_off(house: House, client: Client) -> None:
+    house.work(unit(lease_seconds=3.0))
+    clock = asyncio.get_running_loop().time
+    took = 0.0
+
+    async def body(job: Job) -> None:
+        nonlocal took
+        began = clock()
+        page = 0
+        while not house.calls[RENEW]:
+            page += 1
+            job.progress(page)
+            await house.came(REPORT, page)
+        took = clock() - began
+        await job.succeed()
+
+    await run(client, body)
+    # A third of the lease without a report would be 1 s; with reports it is two thirds.
+    assert 1.9 < took < 2.8
+
+
+@pytest.mark.parametrize("reason", ["LEASE_LOST", "LEASE_TOKEN_MISMATCH", "ALLOCATION_NOT_FOUND"])
+async def test_a_renewal_that_is_refused_sets_lease_lost(house: House, client: Client, reason: str) -> None:
+    house.work(unit(lease_seconds=0.6))
+    house.on(RENEW, house.renew(reason))
+
+    async def body(job: Job) -> None:
+        await asyncio.wait_for(job.lease_lost.wait(), 5)
+
+    await run(client, body)
+    assert len(house.calls[RENEW]) == 1
+
+
+async def test_a_lease_at_its_greatest_age_is_lost_only_when_it_runs_out(house: House, client: Client) -> None:
+    house.work(unit(lease_seconds=1.2))
+    house.on(RENEW, house.renew("LEASE_AGE_EXCEEDED"))
+    clock = asyncio.get_running_loop().time
+    took = 0.0
+
+    async def body(job: Job) -> None:
+        nonlocal took
+        began = clock()
+        await asyncio.wait_for(job.lease_lost.wait(), 5)
+        took = clock() - began
+
+    await run(client, body)
+    assert 0.9 < took < 2.5
+    assert len(house.calls[RENEW]) == 1
+
+
+async def test_renewals_go_on_after_the_allocator_was_away(house: House, client: Client) -> None:
+    house.work(unit(lease_seconds=0.6))
+    house.on(RENEW, *[Status(grpc.StatusCode.UNAVAILABLE)] * 12, house.renew())
+
+    async def body(job: Job) -> None:
+        await house.came(RENEW, 14)
+        assert not job.lease_lost.is_set()
+        await job.succeed()
+
+    await run(client, body)
+
+
+async def test_the_tracker_can_tell_that_a_lease_is_lost(house: House, client: Client) -> None:
+    house.work(unit())
+    house.on(REPORT, House.report(lost=True))
+
+    async def body(job: Job) -> None:
+        job.progress(1)
+        await asyncio.wait_for(job.lease_lost.wait(), 5)
+
+    await run(client, body)
+
+
+async def test_progress_never_waits_for_a_tracker_that_hangs_and_keeps_only_the_latest(
+    house: House, client: Client
+) -> None:
+    house.work(unit())
+    going = asyncio.Event()
+
+    async def hang(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
+        async for _ in batches:
+            await asyncio.Event().wait()
+        yield session_pb2.ReportStreamResponse()
+
+    house.on(REPORT, hang, House.report())
+
+    async def body(job: Job) -> None:
+        clock = asyncio.get_running_loop().time
+        job.progress(0)
+        await house.came(REPORT, 1)
+        began = clock()
+        for page in range(1, 50_001):
+            job.progress(page, 50_000)
+        assert clock() - began < 5
+        assert len(worker._reporter._live) == 1
+        await house.came(REPORT, 2)
+        going.set()
+        await job.succeed()
+
+    async with Worker(client, client_id="pc-1") as worker:
+        async for job in worker.jobs(stop_when_idle=IDLE):
+            async with job:
+                await body(job)
+    assert going.is_set()
+    later = [update for batch in house.calls[REPORT][1:] for update in batch.updates]
+    assert later[0].current_page == 50_000
+    assert later[0].sequence == 50_001
+
+
+async def test_the_crawl_goes_on_without_a_tracker_and_it_catches_up(house: House, client: Client) -> None:
+    away = Status(grpc.StatusCode.UNAVAILABLE)
+    house.work(unit("one"), unit("two"))
+    house.on(START, *[away] * 4, session_pb2.StartSessionResponse())
+    house.on(COMPLETE, *[away] * 3, session_pb2.CompleteSessionResponse())
+
+    async def body(job: Job) -> None:
+        job.progress(3, 3)
+        await job.succeed()
+
+    await run(client, body)
+    assert len(house.results()) == 2
+    done = {end.session_id for end in house.calls[COMPLETE][3:]}
+    assert done == {result.lease.allocation_key for result in house.results()}
+    assert all(end.started_at.seconds and end.total_pages == 3 for end in house.calls[COMPLETE])
+
+
+async def test_no_tracker_at_all_is_no_hindrance(house: House) -> None:
+    house.work(unit(lease_seconds=0.6))
+    async with Client(api_key="k" * 40, allocator=house.address) as client:
+
+        async def body(job: Job) -> None:
+            job.progress(1)
+            await house.came(RENEW, 1)
+            await job.succeed()
+
+        await run(client, body)
+    assert len(house.results()) == 1
+
+
+async def test_a_session_the_tracker_forgot_is_registered_again_with_its_numbers(house: House, client: Client) -> None:
+    house.work(unit())
+
+    async def forgetful(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
+        async for batch in batches:
+            forgotten = len(house.calls[REPORT]) == 2
+            names = [update.session_id for update in batch.updates]
+            yield session_pb2.ReportStreamResponse(batch=batch.batch, unknown_sessions=names if forgotten else [])
+
+    house.on(REPORT, forgetful)
+
+    async def body(job: Job) -> None:
+        job.progress(1)
+        await house.came(REPORT, 1)
+        job.progress(2, 9, 4)
+        await house.came(START, 2)
+        job.progress(3)
+        await house.came(REPORT, 3)
+        await job.succeed()
+
+    await run(client, body)
+    again = house.calls[START][1].progress
+    assert (again.current_page, again.total_pages, again.products_found, again.sequence) == (2, 9, 4, 2)
+
+
+async def test_after_a_broken_stream_the_latest_state_is_reported_again(house: House, client: Client) -> None:
+    house.work(unit())
+
+    async def breaks(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
+        async for batch in batches:
+            yield session_pb2.ReportStreamResponse(batch=batch.batch, taken=1)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+
+    house.on(REPORT, breaks, House.report())
+
+    async def body(job: Job) -> None:
+        job.progress(5)
+        await house.came(REPORT, 2)
+        await job.succeed()
+
+    await run(client, body)
+    assert [batch.updates[0].current_page for batch in house.calls[REPORT][:2]] == [5, 5]
+
+
+async def test_a_session_that_is_refused_is_not_followed_and_the_work_goes_on(house: House, client: Client) -> None:
+    house.work(unit())
+    house.on(START, refusal("SESSION_LIMIT_REACHED"))
+
+    async def body(job: Job) -> None:
+        job.progress(1)
+        await house.came(START)
+        await job.succeed()
+
+    await run(client, body)
+    assert len(house.results()) == 1
+    assert not house.calls[REPORT]
+
+
+async def test_a_bundle_is_loaded_restored_changed_and_saved(house: House, client: Client, tmp_path: Path) -> None:
+    house.work(unit(persona=True), unit(persona=True))
+    saved: dict[str, bytes] = {}
+
+    async def load(request: Any, context: Any) -> bundle_pb2.LoadBundleResponse:
+        parts = [bundle_pb2.Part(name=name, data=data) for name, data in saved.items()]
+        return bundle_pb2.LoadBundleResponse(generation=len(saved), parts=parts)
+
+    async def save(request: bundle_pb2.SaveBundleRequest, context: Any) -> bundle_pb2.SaveBundleResponse:
+        assert request.lease_token == b"p" * 16
+        saved.update({part.name: part.data for part in request.parts})
+        return bundle_pb2.SaveBundleResponse(generation=persona_pb2.Generation(generation=2))
+
+    house.on("BundleService/LoadBundle", refusal("GENERATION_NOT_FOUND"), load)
+    house.on("BundleService/SaveBundle", save)
+    visits: list[int] = []
+
+    async def body(job: Job) -> None:
+        folder = tmp_path / job.key
+        bundle = await job.load_bundle()
+        restored = bundle.restore_profile(folder)
+        assert restored is (bundle.generation > 0)
+        visits.append(int((folder / "Cookies").read_text()) if restored else 0)
+        folder.mkdir(exist_ok=True)
+        (folder / "Cookies").write_text(str(visits[-1] + 1))
+        await job.save_bundle(profile=folder, state={"checkpoint": 1}, history=["json"])
+        await job.succeed()
+
+    await run(client, body)
+    assert visits == [0, 1]
+    assert saved["state.json"] == b'{"checkpoint":1}'
+    assert [result.persona_used for result in house.results()] == [True, True]
+
+
+async def test_a_lost_check_out_saves_nothing_and_is_recorded(house: House, client: Client) -> None:
+    house.work(unit(persona=True))
+    house.on("BundleService/SaveBundle", refusal("CHECK_OUT_LOST"))
+    lost = False
+
+    async def body(job: Job) -> None:
+        nonlocal lost
+        with contextlib.suppress(errors.CheckOutLost):
+            await job.save_bundle(state={})
+        lost = job.lease_lost.is_set()
+        raise RuntimeError("stopped")
+
+    await run(client, body)
+    assert lost
+    assert house.results()[0].outcome == work_pb2.WORK_OUTCOME_FAILED
+
+
+async def test_misuse_is_told_in_words(house: House, client: Client) -> None:
+    house.work(unit(), unit(persona=True))
+
+    async def body(job: Job) -> None:
+        if job.persona is None:
+            with pytest.raises(ValueError, match="has no persona"):
+                await job.load_bundle()
+        else:
+            with pytest.raises(ValueError, match="nothing to save"):
+                await job.save_bundle()
+        await job.succeed()
+        with pytest.raises(RuntimeError, match="has its result already"):
+            await job.fail("again")
+        job.progress(9)
+
+    await run(client, body)
+    assert len(house.results()) == 2
