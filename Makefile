@@ -55,8 +55,8 @@ bench: $(READY) ## Measure the chassis against bare grpc.aio
 	$(BIN)/python -m bench.chassis
 
 .PHONY: fault
-fault: $(READY) ## Run a fleet while services are killed, and check the recorded history
-	$(BIN)/python -m pytest -m fault tests/fault
+fault: $(READY) ## Kill services under a fleet for five minutes and check its history; end every command 100 times
+	MUSTER_FAULT_SECONDS=300 MUSTER_EXIT_RUNS=100 $(BIN)/python -m pytest -s tests/fault tests/acceptance/test_exits.py
 
 .PHONY: lock
 lock: ## Pin the requirements anew (needs uv)

@@ -221,8 +221,11 @@ class Mover:
         table = await read_table(self._connection, self._policy.schema, self._policy.table)
         plan = await self._plan(archive, table)
         rows = await self._connection.fetch(plan.fingerprint_statement)
-        now = [of_sums(plan.columns, row["rows"], row["sums"]) for row in rows]
-        verified = [file.fingerprint for file in await self._store.archive_files(archive)]
+        now = {
+            UUID(row["organization"]) if row["organization"] else None: of_sums(plan.columns, row["rows"], row["sums"])
+            for row in rows
+        }
+        verified = {file.organization_id: file.fingerprint for file in await self._store.archive_files(archive)}
         return _set_difference(now, verified)
 
     async def _drop(self, archive: Archive) -> Archive:
@@ -299,12 +302,11 @@ def _mark(archive: Archive) -> str:
     return f"muster archive {archive.archive_id}: equal to its cold files when it was detached; to be dropped"
 
 
-def _set_difference(now: list[Fingerprint], verified: list[Fingerprint]) -> str:
-    """Says where two sets of fingerprints differ; each is of one organization, told apart by what it holds."""
-    if len(now) != len(verified):
-        return f"rows of {len(now)} organizations against {len(verified)}"
-    theirs = sorted(verified, key=Fingerprint.to_json)
-    for mine, other in zip(sorted(now, key=Fingerprint.to_json), theirs, strict=True):
-        if fault := mine.difference(other):
-            return fault
+def _set_difference(now: dict[UUID | None, Fingerprint], verified: dict[UUID | None, Fingerprint]) -> str:
+    """Says where the fingerprints of each organization's rows differ."""
+    if now.keys() != verified.keys():
+        return f"rows of {len(now)} organizations against {len(verified)}, or of others"
+    for organization, fingerprint in now.items():
+        if fault := fingerprint.difference(verified[organization]):
+            return f"organization {organization}: {fault}"
     return ""

@@ -150,7 +150,7 @@ class _Sums:
         self._total += pc.sum(hashes.view(pa.uint64())).as_py() or 0
         product = pc.multiply(pc.bit_wise_and(hashes, pa.scalar(_LOW, pa.int64())), tie)
         self._tie += pc.sum(product.view(pa.uint64())).as_py() or 0
-        extremes: dict[str, Any] = pc.min_max(values if self._by_text else hashes).as_py()
+        extremes: Any = pc.min_max(values if self._by_text else hashes).as_py()
         if extremes["min"] is not None:
             # UTF-8 sorts by its bytes as its characters do by their numbers, which is how Python compares.
             self._least = extremes["min"] if self._least is None else min(self._least, extremes["min"])

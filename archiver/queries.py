@@ -21,6 +21,7 @@ from uuid import UUID
 
 import asyncpg
 import pyarrow as pa
+import structlog
 from datafusion import DataFrame, RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions, col, lit
 
 from archiver import metrics
@@ -35,6 +36,8 @@ from archiver.store import Store
 from archiver.threads import Threads
 from services.errors import DatabaseUnavailable
 from services.objects import ObjectStoreUnavailable
+
+_log = structlog.get_logger("queries")
 
 _ONLY_SELECT = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
 # What a SELECT may have as its outermost node is everything but these, which describe plans and schemas.
@@ -322,6 +325,8 @@ def _refusal(error: BaseException) -> Exception:
         return PolicyNotFound(f"there is no policy {unknown[1]!r}", policy=unknown[1][:200])
     if "Resources exhausted" in text:
         return QueryTooCostly("the query needs more memory than it may have: aggregate or sort less at once")
+    # The operator is told what the caller is not: where files lie.
+    _log.warning("a query failed", message=text[:_LONGEST_MESSAGE])
     if "Object Store error" in text or "ObjectStore" in text:
         return ObjectStoreUnavailable("a cold file cannot be read from the object store", retry_after_seconds=2.0)
     if "Parquet error" in text:

@@ -1,9 +1,9 @@
 """What a query reads of one table: hot partitions from PostgreSQL and cold files, each row in exactly one of them.
 
 A file counts once its partition is detached, and not before. Both sides of that line are read while an ACCESS SHARE
-lock keeps every partition that is attached attached, and the catalogue is read after the lock: a file whose partition is
-still attached is left out, since its rows are read hot, and any other published file is read. A partition that was made
-again for late rows is hot beside the file of its first rows.
+lock keeps every partition that is attached attached, and the catalogue is read after the lock: a file whose partition
+is still attached is left out, since its rows are read hot, and any other published file is read. A partition that was
+made again for late rows is hot beside the file of its first rows.
 """
 
 from __future__ import annotations

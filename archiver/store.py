@@ -73,6 +73,7 @@ class ArchiveFile:
     """A file of an archive that is on its way, with what PostgreSQL said of its rows."""
 
     key: str
+    organization_id: UUID | None
     size_bytes: int
     sha256: bytes
     columns: tuple[Column, ...]
@@ -252,6 +253,7 @@ class Store:
         return [
             ArchiveFile(
                 row["key"],
+                row["organization_id"],
                 row["size_bytes"],
                 row["sha256"],
                 from_json(row["columns"]),

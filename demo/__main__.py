@@ -136,7 +136,7 @@ async def _furnish(suite: Suite, client: muster.Client, proxies: list[RunningPro
     await client.exits.add([muster.ExitSpec(endpoint=proxy.endpoint, cap=CAP) for proxy in proxies])
     for number in range(PERSONAS):
         fingerprint = {"screen": [1280 + 16 * number, 720], "languages": ["en", "ko"], "number": number}
-        await client.personas.create(fingerprint, base_profile="demo", tags=["demo"])
+        await client.personas.create(json.dumps(fingerprint).encode(), base_profile="demo", tags=["demo"])
     screen.event(f"{len(proxies)} exits registered with a cap of {CAP}, {PERSONAS} personas made")
 
 
@@ -194,8 +194,13 @@ def _rows_left(dsn: str, end: date) -> int:
 
 
 def _client(suite: Suite, key: str) -> muster.Client:
-    addresses = {name: endpoint.grpc for name, endpoint in suite.endpoints.items()}
-    return muster.Client(api_key=key, **addresses)
+    return muster.Client(
+        api_key=key,
+        allocator=suite.endpoints["allocator"].grpc,
+        persona_store=suite.endpoints["persona_store"].grpc,
+        session_tracker=suite.endpoints["session_tracker"].grpc,
+        archiver=suite.endpoints["archiver"].grpc,
+    )
 
 
 def _report(checks: list[verdict.Check], scene: Scene, file: Path | None) -> int:

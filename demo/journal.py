@@ -44,7 +44,6 @@ class Saved:
     allocation_key: str
     persona_id: str
     generation: int
-    state_sha256: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
-import json
 import os
 import shutil
 from datetime import timedelta
@@ -39,14 +37,14 @@ async def main(name: str, site: str, work: Path, idle_seconds: float) -> None:
 async def _work(job: muster.Job, journal: Journal, name: str, site: str, profile: Path) -> None:
     exit_endpoint = job.exit.endpoint if job.exit else ""
     persona_id = job.persona.persona_id if job.persona else ""
-    journal.write(Leased(name, job.allocation_key, job.slot_id, job.keyword, exit_endpoint, persona_id))
+    journal.write(Leased(name, job.key, job.slot_id, job.keyword, exit_endpoint, persona_id))
     shutil.rmtree(profile, ignore_errors=True)
     profile.mkdir(parents=True)
     history: list[object] = []
     if job.persona is not None:
         bundle = await job.load_bundle()
         bundle.restore_profile(profile)
-        history = json.loads(bundle.parts.get("history.json", b"[]"))
+        history = bundle.history or []
 
     async def on_page(page: int, total: int, products: int, errors: int) -> None:
         job.progress(page=page, total=total, products=products, errors=errors, stage="reading results")
@@ -58,9 +56,7 @@ async def _work(job: muster.Job, journal: Journal, name: str, site: str, profile
     manners = Manners(delay_seconds=_PAGE_SECONDS)
     outcome = await crawl(site, exit_endpoint, job.keyword, max_pages, profile, on_page, manners=manners)
     journal.write(
-        Crawled(
-            name, job.allocation_key, outcome.pages, outcome.requests, len(outcome.products), persona_id, outcome.visits
-        )
+        Crawled(name, job.key, outcome.pages, outcome.requests, len(outcome.products), persona_id, outcome.visits)
     )
     if job.persona is not None:
         await _save(job, journal, name, profile, outcome, history)
@@ -74,7 +70,7 @@ async def _save(
     state = {
         "checkpoint": {"keyword": job.keyword, "pages": outcome.pages},
         "exit": job.exit.endpoint if job.exit else "",
-        "allocation_key": job.allocation_key,
+        "allocation_key": job.key,
     }
     history.append({"keyword": job.keyword, "work_date": str(job.work_date), "found": len(outcome.products)})
     try:
@@ -82,8 +78,7 @@ async def _save(
     except muster.CheckOutLost:
         # The lease ran out and somebody else may hold the persona by now: what this run learned of it is lost.
         return
-    digest = hashlib.sha256(muster.canonical_state(state)).hexdigest()
-    journal.write(Saved(name, job.allocation_key, job.persona.persona_id, generation.generation, digest))
+    journal.write(Saved(name, job.key, job.persona.persona_id, generation.generation))
 
 
 async def _submit(job: muster.Job, journal: Journal, name: str, outcome: CrawlOutcome) -> None:
@@ -99,15 +94,15 @@ async def _submit(job: muster.Job, journal: Journal, name: str, outcome: CrawlOu
     ]
     if outcome.blocked:
         wait = timedelta(seconds=outcome.retry_after_seconds or 0)
-        result = await job.blocked("too_many_requests", retry_after=wait, products=products)
+        disposition = await job.blocked("too_many_requests", retry_after=wait, products=products)
         ended = "blocked"
     elif outcome.failed:
-        result = await job.fail(outcome.errors[0])
+        disposition = await job.fail(outcome.errors[0])
         ended, products = "failed", []
     else:
-        result = await job.succeed(products=products)
+        disposition = await job.succeed(products=products)
         ended = "succeeded"
-    journal.write(Submitted(name, job.allocation_key, ended, result.disposition.name, len(products)))
+    journal.write(Submitted(name, job.key, ended, disposition.name, len(products)))
 
 
 def run() -> None:

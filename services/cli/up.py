@@ -30,7 +30,7 @@ async def main() -> None:
         async for job in worker.jobs():
             async with job:
                 print(job.keyword, job.settings, job.exit and job.exit.endpoint)
-                await job.progress(page=1, total=1)
+                job.progress(page=1, total=1)
                 await job.succeed()
 
 asyncio.run(main())

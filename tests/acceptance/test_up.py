@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
@@ -158,7 +157,7 @@ def test_a_killed_launcher_takes_all_along_and_the_next_one_works(start_up: Star
     assert all(answers(again, service) for service in SERVICES)
 
 
-@pytest.mark.parametrize(("place", "service"), enumerate(SERVICES))
+@pytest.mark.parametrize(("place", "service"), list(enumerate(SERVICES)))
 def test_a_port_in_use_is_named(start_up: StartUp, place: int, service: str) -> None:
     with port_in_use(place) as (port, first):
         line = refusal(start_up("--port", str(first)))

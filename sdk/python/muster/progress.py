@@ -197,9 +197,8 @@ class Reporter:
 
     async def _register(self) -> None:
         for live in [live for live in self._live.values() if not live.registered]:
-            latest = live.latest
             try:
-                await self._sessions.start(live.start, progress=latest, total_seconds=self._answer_seconds)
+                await self._sessions.start(live.start, progress=live.latest, total_seconds=self._answer_seconds)
             except MusterError as error:
                 if isinstance(error, NotConfigured) or may_repeat(error, idempotent=True):
                     raise
@@ -207,7 +206,8 @@ class Reporter:
                 self._live.pop(live.start.session_id, None)
                 continue
             live.registered = True
-            live.unsent = live.latest is not latest
+            # Reported once more although the tracker has it: commands come on the stream that reports the session.
+            live.unsent = live.latest is not None
 
     async def _complete(self) -> None:
         failures = 0
