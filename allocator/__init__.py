@@ -1,0 +1,1 @@
+"""The allocator: hands out work, exits and personas under one fenced lease."""

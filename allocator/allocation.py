@@ -224,30 +224,25 @@ class Allocation:
         self, index: OrganizationIndex, attempt: _Attempt, since: float | None, untracked: set[UUID]
     ) -> list[Pick]:
         demand = attempt.demand
-        selection = Selection(demand.target or None, exitless=False, avoid=attempt.avoid)
+        region = demand.region or None
+        selection = Selection(demand.target or None, avoid=attempt.avoid)
         picks: list[Pick] = []
-        spare = index.take_exit(demand.region or None)
         while len(picks) < demand.max_items:
-            if spare is None and not selection.exitless:
+            if not index.has_exit(region):
+                # What is left must need none.
                 selection = replace(selection, exitless=True)
             await index.refresh_slots(selection, since)
             for slot in index.slots(selection):
                 if not slot.tracked:
                     untracked.add(slot.slot_id)
                     slot.tracked = True
-                if slot.without_exit:
-                    picks.append(Pick(slot.slot_id, None))
-                elif spare is not None:
-                    picks.append(Pick(slot.slot_id, spare.exit_id))
-                    spare = index.take_exit(demand.region or None) if len(picks) < demand.max_items else None
-                else:
-                    # The exits ran out within this demand: what is left must need none.
+                exit_ = None if slot.without_exit else index.take_exit(region)
+                if exit_ is None and not slot.without_exit:
                     break
+                picks.append(Pick(slot.slot_id, exit_.exit_id if exit_ else None))
                 if len(picks) == demand.max_items:
-                    return picks
+                    break
             else:
-                break
-            if selection.exitless:
                 break
         return picks
 

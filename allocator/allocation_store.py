@@ -84,7 +84,9 @@ class AllocationStore(Store):
         async def work(connection: Connection) -> list[list[Package] | DomainError]:
             answers = await _replay(connection, organization_id, demands)
             fresh = [number for number in range(len(demands)) if number not in answers]
-            units = await _reserve(connection, organization_id, [(number, pick) for number in fresh for pick in picks[number]])
+            units = await _reserve(
+                connection, organization_id, [(number, pick) for number in fresh for pick in picks[number]]
+            )
             granted: dict[int, list[_Unit]] = {number: [] for number in fresh}
             for unit in units:
                 granted[unit.number].append(unit)
@@ -167,9 +169,7 @@ async def _replay(
     return answers
 
 
-async def _reserve(
-    connection: Connection, organization_id: UUID, picks: Sequence[tuple[int, Pick]]
-) -> list[_Unit]:
+async def _reserve(connection: Connection, organization_id: UUID, picks: Sequence[tuple[int, Pick]]) -> list[_Unit]:
     """Reserves slots, then exits for what was granted; what finds no exit goes back to its slot."""
     if not picks:
         return []

@@ -94,6 +94,12 @@ class Spread:
         self._heap = [(source.rank(), number, source) for number, source in enumerate(sources)]
         heapq.heapify(self._heap)
 
+    def has_room(self) -> bool:
+        """Whether any source has room."""
+        while self._heap and self._heap[0][2].room() <= 0:
+            heapq.heappop(self._heap)
+        return bool(self._heap)
+
     def take(self) -> AvailableSlot | AvailableExit | None:
         """Returns the source of one unit, None when none has room."""
         heap = self._heap
@@ -193,6 +199,11 @@ class OrganizationIndex:
         while (slot := spread.take()) is not None:
             assert isinstance(slot, AvailableSlot)
             yield slot
+
+    def has_exit(self, region: str | None) -> bool:
+        """Whether any exit has head-room."""
+        spread = self._exits.get(region)
+        return spread is not None and spread.has_room()
 
     def take_exit(self, region: str | None) -> AvailableExit | None:
         """Takes one use of the least used exit, None when none has head-room."""

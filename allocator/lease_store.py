@@ -182,8 +182,7 @@ async def count_ends(connection: Connection, organization_id: UUID, moves: dict[
     """Moves counters, days locked in order."""
     days = sorted(moves)
     columns: list[list[Any]] = [[day for day, _ in days], [slot for _, slot in days]]
-    for name in ("succeeded", "failed", "blocked", "expired", "released"):
-        columns.append([getattr(moves[day], name) for day in days])
+    columns += [[getattr(moves[day], name) for day in days] for name in Counts.__slots__]
     await connection.execute(_SQL["count_ends"], organization_id, *columns)
 
 

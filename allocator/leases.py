@@ -1,8 +1,8 @@
 """Leases: the right to a unit of work until a moment, and how it is renewed, given back and taken away.
 
-    granted ──submit──> succeeded | failed | blocked
-       ├── release, goodbye, no persona ──> released
-       └── expires_at passes ──> expired ──late result, room left──> succeeded | failed | blocked
+granted ──submit──> succeeded | failed | blocked
+   ├── release, goodbye, no persona ──> released
+   └── expires_at passes ──> expired ──late result, room left──> succeeded | failed | blocked
 """
 
 from __future__ import annotations
@@ -179,8 +179,12 @@ class Leases:
         self._sweep_seconds = sweep_seconds
 
     async def renew(self, organization_id: UUID, names: Sequence[LeaseName]) -> list[datetime | DomainError]:
-        """Returns the new expiry of each lease, or why it has none: AllocationNotFound, LeaseLost,
-        LeaseTokenMismatch, LeaseAgeExceeded.
+        """Returns the new expiry of each lease, or why it has none.
+
+        AllocationNotFound, LeaseLost, LeaseTokenMismatch and LeaseAgeExceeded refuse single leases.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
         """
         renewed = await self._store.renew(organization_id, sorted(set(names), key=_by_key), self._duration_seconds)
         lost = [name for name in names if name not in renewed]

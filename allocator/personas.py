@@ -112,11 +112,13 @@ class Personas:
         """
         lacking = [package for package in packages if not package.is_complete]
         answers = await self._answers(organization_id, lacking)
-        ready = [
-            package if package.is_complete else replace(package, persona=answer)
-            for package in packages
-            if package.is_complete or isinstance(answer := answers[package.key], AssignedPersona)
-        ]
+        ready = []
+        for package in packages:
+            answer = answers.get(package.key)
+            if isinstance(answer, AssignedPersona):
+                ready.append(replace(package, persona=answer))
+            elif answer is None:
+                ready.append(package)
         unmet = [package for package in lacking if not isinstance(answers[package.key], AssignedPersona)]
         kinds = {answers[package.key] for package in unmet}
         away = BlockerKind.PERSONA_STORE_UNAVAILABLE in kinds
@@ -145,9 +147,7 @@ class Personas:
             async def run(batch: Sequence[Package]) -> Sequence[_Answer]:
                 return await self._check_out(organization_id, batch)
 
-            queue = self._queues[organization_id] = Coalescer(
-                "check_out", run, max_batch=_BATCH, max_waiting=_WAITING
-            )
+            queue = self._queues[organization_id] = Coalescer("check_out", run, max_batch=_BATCH, max_waiting=_WAITING)
         answers = await asyncio.gather(*(queue.submit(package) for package in packages))
         return {package.key: answer for package, answer in zip(packages, answers, strict=True)}
 

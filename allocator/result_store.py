@@ -170,9 +170,7 @@ async def _insert(
     if counted:
         await connection.execute(_SQL["insert_results"], organization_id, at, *_columns(counted, _RESULT))
     found = [
-        (result, position, product)
-        for result in counted
-        for position, product in enumerate(result.submission.products)
+        (result, position, product) for result in counted for position, product in enumerate(result.submission.products)
     ]
     if found:
         await connection.execute(
@@ -188,9 +186,7 @@ async def _insert(
             [product.rank for _, _, product in found],
             [json.dumps(product.attributes) for _, _, product in found],
         )
-    await connection.execute(
-        _SQL["insert_activity"], organization_id, at, *_columns(counted + quarantined, _ACTIVITY)
-    )
+    await connection.execute(_SQL["insert_activity"], organization_id, at, *_columns(counted + quarantined, _ACTIVITY))
 
 
 def _columns(results: list[_Taken], fields: Sequence[Callable[[_Taken], Any]]) -> list[list[Any]]:

@@ -117,9 +117,7 @@ class Results:
     async def _run(self, organization_id: UUID, calls: Sequence[Sequence[Submission]]) -> list[list[Answer]]:
         answers: list[list[Answer | None]] = [[None] * len(call) for call in calls]
         waiting = [
-            (submission, number, place)
-            for number, call in enumerate(calls)
-            for place, submission in enumerate(call)
+            (submission, number, place) for number, call in enumerate(calls) for place, submission in enumerate(call)
         ]
         while waiting:
             batch: dict[UUID, tuple[Submission, int, int]] = {}

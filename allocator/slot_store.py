@@ -148,16 +148,16 @@ async def _create(
     # Inserted in the order of the external ids, so that two imports of the same rows do not wait for each other.
     rows = sorted(zip(ids, specs, strict=True), key=lambda row: row[1].external_id)
     values = [(slot_id, spec.external_id or None, *_values(spec), spec.sha256()) for slot_id, spec in rows]
-    await connection.execute(_SQL["insert_slots"], organization_id, *(list(column) for column in zip(*values, strict=True)))
+    await connection.execute(
+        _SQL["insert_slots"], organization_id, *(list(column) for column in zip(*values, strict=True))
+    )
     standing = {
         row["external_id"]: row["slot_id"]
         for row in await connection.fetch(
             _SQL["slots_by_external_id"], organization_id, [spec.external_id for spec in specs if spec.external_id]
         )
     }
-    found = {
-        slot.slot_id: slot for slot in await _read(connection, organization_id, [*ids, *standing.values()])
-    }
+    found = {slot.slot_id: slot for slot in await _read(connection, organization_id, [*ids, *standing.values()])}
     answers: list[tuple[Slot | DomainError, bool]] = []
     for slot_id, spec in zip(ids, specs, strict=True):
         slot = found[standing.get(spec.external_id, slot_id)]

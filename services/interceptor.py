@@ -14,9 +14,11 @@ call: an interceptor costs a coroutine and a fresh handler object per call, a fi
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -100,8 +102,15 @@ class _Method:
     def count(self, code: str) -> None:
         TOTAL.labels(self.service, self.method, code).inc()
 
-    async def admit(self, context: Context) -> Call:
-        """Checks deadline, key and role. Raises: DeadlineTooShort, InvalidApiKey, RoleNotAllowed."""
+    def admit(self, context: Context) -> Awaitable[None] | None:
+        """Checks deadline, key and role, and makes this the current call.
+
+        Returns:
+            None when that is done, which is nearly always; else what must be awaited to do it.
+
+        Raises:
+            DeadlineTooShort: so little time is left that the call is not begun.
+        """
         authorization = request_id = organization = traceparent = ""
         for key, value in context.invocation_metadata() or ():
             if key == "authorization":
@@ -112,16 +121,27 @@ class _Method:
                 organization = str(value)
             elif key == "traceparent":
                 traceparent = str(value)[:55]
-        call_id = request_id or uuid.uuid4().hex
+        if not request_id:
+            request_id = _new_request_id()
         remaining = context.time_remaining()
         # grpc answers with a great number when the caller set none.
         deadline = None if remaining is None or remaining > 1e6 else time.monotonic() + remaining
-        begin(Call(_NOBODY, call_id, self.full_name, deadline, traceparent))
+        if deadline is None or remaining >= SHORTEST_SECONDS:
+            principal = self.authenticator.remembered(authorization)
+            if principal is not None and principal.role >= self.role and not organization:
+                begin(Call(principal, request_id, self.full_name, deadline, traceparent))
+                return None
+        call = Call(_NOBODY, request_id, self.full_name, deadline, traceparent)
+        begin(call)
         if deadline is not None and remaining < SHORTEST_SECONDS:
             raise DeadlineTooShort(
                 "too little time is left to begin: set a longer deadline",
                 remaining_ms=str(max(0, int(remaining * 1000))),
             )
+        return self._look_up(call, authorization, organization)
+
+    async def _look_up(self, call: Call, authorization: str, organization: str) -> None:
+        """Finds out who makes the call. Raises: InvalidApiKey, RoleNotAllowed, DatabaseUnavailable."""
         principal = self.authenticator.remembered(authorization) or await self.authenticator.authenticate(authorization)
         if principal.role < self.role:
             raise RoleNotAllowed(
@@ -131,14 +151,12 @@ class _Method:
             )
         if organization and principal.role is Role.SERVICE:
             principal = await self.authenticator.acting_for(principal, organization)
-        call = Call(principal, call_id, self.full_name, deadline, traceparent)
-        begin(call)
-        return call
+        begin(replace(call, principal=principal))
 
     async def refuse(self, context: Context, error: BaseException, started: float) -> None:
         """Ends the call with the status of an error."""
         call = _call_or_none()
-        request_id = call.request_id if call else uuid.uuid4().hex
+        request_id = call.request_id if call else _new_request_id()
         if isinstance(error, NotImplementedError):
             # What generated code raises for a method of the contract that the servicer does not have.
             error = MethodUnknown(f"this release does not serve {self.full_name}")
@@ -175,6 +193,16 @@ class _Method:
 _NOBODY = Principal("", uuid.UUID(int=0), Role.WORKER, "UTC")
 
 
+# What a request is called when its caller does not say: as unlike others as random ids are, but without asking the
+# kernel for randomness in every call.
+_process_id = uuid.uuid4().hex[:16]
+_numbers = itertools.count(1)
+
+
+def _new_request_id() -> str:
+    return f"{_process_id}{next(_numbers):016x}"
+
+
 def _call_or_none() -> Call | None:
     try:
         return current()
@@ -202,7 +230,8 @@ def _single(behaviour: Callable[[Any, Context], Awaitable[Any]], method: _Method
         started = time.perf_counter()
         method.in_flight.inc()
         try:
-            await method.admit(context)
+            if (unknown := method.admit(context)) is not None:
+                await unknown
             response = await behaviour(request, context)
             method.answered(started)
             return response
@@ -223,7 +252,8 @@ def _streaming(behaviour: Callable[[Any, Context], AsyncIterator[Any]], method: 
         started = time.perf_counter()
         method.in_flight.inc()
         try:
-            await method.admit(context)
+            if (unknown := method.admit(context)) is not None:
+                await unknown
             async for response in behaviour(request, context):
                 yield response
             method.answered(started)

@@ -9,6 +9,7 @@ writes see the write (both engines promise it), so no caller needs to wait or to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ class ObjectStore:
         try:
             await obstore.put_async(self._store, key, data, mode="create" if if_absent else "overwrite")
             if self._folder is not None:
-                await asyncio.to_thread(_sync, self._folder / key)
+                await asyncio.to_thread(_sync, self._folder, key)
         except AlreadyExistsError:
             return False
         except (BaseError, OSError) as error:
@@ -131,7 +132,7 @@ class ObjectStore:
         try:
             await obstore.put_async(self._store, key, file)
             if self._folder is not None:
-                await asyncio.to_thread(_sync, self._folder / key)
+                await asyncio.to_thread(_sync, self._folder, key)
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
 
@@ -180,6 +181,8 @@ class ObjectStore:
         for key in keys:
             try:
                 await obstore.delete_async(self._store, key)
+                if self._folder is not None and "/" in key:
+                    await asyncio.to_thread(_remove_empty, (self._folder / key).parent)
             except (NotFoundError, FileNotFoundError):
                 continue
             except (BaseError, OSError) as error:
@@ -221,14 +224,23 @@ def _open_s3(config: ObjectStoreConfig) -> ObjectStore:
     return ObjectStore(store, None, f"{config.endpoint}/{config.bucket}/{config.prefix}".rstrip("/"))
 
 
-def _sync(file: Path) -> None:
+def _sync(folder: Path, key: str) -> None:
     # The rename is durable when its folder is; new folders only when theirs are, up to the root of the store.
-    for path, flags in ((file, os.O_RDONLY), *((parent, os.O_DIRECTORY) for parent in list(file.parents)[:5])):
+    depth = len(Path(key).parts)
+    file = folder / key
+    for path, flags in ((file, os.O_RDONLY), *((parent, os.O_DIRECTORY) for parent in list(file.parents)[:depth])):
         handle = os.open(path, flags)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _remove_empty(folder: Path) -> None:
+    # Only the innermost one: a put that is under way makes it again, but fails when folders above it vanish as well,
+    # which is why the engine's own clean-up stays off.
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _first_line(error: Exception) -> str:

@@ -54,18 +54,27 @@ class Renewals:
             await self.round()
 
     async def round(self) -> None:
-        """Renews what moved since the last round."""
-        try:
-            for organization in self._organizations:
-                moved, organization.moved = organization.moved, []
-                for begin in range(0, len(moved), _MAX_LEASES):
-                    try:
-                        await self._renew(organization, moved[begin : begin + _MAX_LEASES])
-                    except AllocatorUnavailable:
-                        organization.moved += moved[begin:]
-                        raise
-        except AllocatorUnavailable as error:
-            _log.warning("leases are not renewed now: the next round tries again", reason=str(error))
+        """Renews what moved since the last round; one organization's refusal does not hold up the others."""
+        organizations = [organization for organization in self._organizations if organization.moved]
+        failures = await asyncio.gather(*(self._renew_all(organization) for organization in organizations))
+        reasons = [failure for failure in failures if failure]
+        if reasons:
+            _log.warning(
+                "leases are not renewed now: the next round tries again",
+                organizations=len(reasons),
+                reason=reasons[0],
+            )
+
+    async def _renew_all(self, organization: Organization) -> str:
+        """Renews what moved in one organization; returns why that could not be ended, or nothing."""
+        moved, organization.moved = organization.moved, []
+        for begin in range(0, len(moved), _MAX_LEASES):
+            try:
+                await self._renew(organization, moved[begin : begin + _MAX_LEASES])
+            except AllocatorUnavailable as error:
+                organization.moved += moved[begin:]
+                return str(error)
+        return ""
 
     async def _renew(self, organization: Organization, moved: list[Session]) -> None:
         # Ended sessions need no lease any more.

@@ -14,7 +14,7 @@ WITH held AS MATERIALIZED (
 )
 UPDATE leases l
 SET expires_at = greatest(l.expires_at,
-  least(l.renewable_until, clock_timestamp() + $4::float8 * interval '1 second'))
+  least(l.renewable_until, statement_timestamp() + $4::float8 * interval '1 second'))
 FROM held h
 WHERE l.organization_id = $1 AND l.allocation_key = h.allocation_key
 RETURNING l.allocation_key, l.lease_token, l.expires_at;

@@ -62,7 +62,9 @@ ORDER BY attnum;
 -- The partitions with their bounds as PostgreSQL prints them. $1 schema, $2 table. Index: pg_inherits_parent_index.
 SELECT n.nspname AS schema_name, child.relname AS name, child.relkind = 'r' AS plain,
        pg_get_expr(child.relpartbound, child.oid) AS bound,
-       pg_total_relation_size(child.oid) AS size_bytes, pg_table_size(child.oid) AS table_bytes,
+       pg_total_relation_size(child.oid) AS size_bytes,
+       -- An empty table still has the pages of its TOAST.
+       CASE WHEN pg_relation_size(child.oid) = 0 THEN 0 ELSE pg_table_size(child.oid) END AS table_bytes,
        greatest(child.reltuples, 0)::bigint AS estimated_rows
 FROM pg_inherits
 JOIN pg_class child ON child.oid = inhrelid

@@ -16,8 +16,9 @@ CREATE INDEX pools_tags ON pools USING gin (tags);
 CREATE TABLE personas (
   organization_id uuid NOT NULL,
   persona_id uuid NOT NULL,
-  -- The persona's place in the queue of its pool: when it was last checked out exclusively; -infinity before that.
-  turn_at timestamptz NOT NULL DEFAULT '-infinity',
+  -- The persona's place in the queue: when it was last checked out exclusively. Until then a thousand years before it
+  -- was made, so that the unused come first, the oldest of them at the front.
+  turn_at timestamptz NOT NULL DEFAULT clock_timestamp() - interval '1000 years',
   -- When it was last used; -infinity for never. Not indexed, so that a check-in stays a HOT update.
   last_used_at timestamptz NOT NULL DEFAULT '-infinity',
   pool_id integer NOT NULL REFERENCES pools,

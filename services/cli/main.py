@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from services.cli import keys, run, up
+from services.cli import archive, exits, explain, keys, personas, run, sessions, slots, up
 from services.errors import StartupError
 
 
@@ -17,7 +17,18 @@ def cli() -> None:
     """Muster: the control plane for fleets of crawl and automation workers."""
 
 
-for command in (up.up, run.serve, run.migrate, keys.key):
+for command in (
+    up.up,
+    run.serve,
+    run.migrate,
+    keys.key,
+    slots.slot,
+    exits.exit_,
+    explain.explain,
+    sessions.session,
+    personas.persona,
+    archive.archive,
+):
     cli.add_command(command)
 
 

@@ -76,6 +76,7 @@ async def _up(data: Path, ports: Ports) -> None:
     try:
         await asyncio.wait((starting, stop), return_when=asyncio.FIRST_COMPLETED)
         if asked.is_set():
+            news.stopping = True
             starting.cancel()
             # Ctrl-C also reaches initdb, whose end is no news then.
             with contextlib.suppress(asyncio.CancelledError, StartupError):
@@ -85,6 +86,7 @@ async def _up(data: Path, ports: Ports) -> None:
         _introduce(suite)
         ended = asyncio.ensure_future(suite.wait())
         await asyncio.wait((ended, stop), return_when=asyncio.FIRST_COMPLETED)
+        news.stopping = True
         if ended.done():
             await ended
         ended.cancel()

@@ -130,9 +130,10 @@ class EmbeddedPostgres:
         """
         if self.pid is not None:
             return
+        before = self._socket
         self._release()
         try:
-            self._start()
+            self._start(before)
         except OSError as error:
             self._release()
             cause = f"cannot use {error.filename or self._data} for PostgreSQL: {error.strerror}"
@@ -184,7 +185,8 @@ class EmbeddedPostgres:
             database: Its name.
 
         Returns:
-            A libpq URI. It stays the same over restarts unless the data folder's path is too long for a socket.
+            A libpq URI. It stays the same while this object starts the server again, and where the data folder's path is
+            short enough for a socket also for the next object.
 
         Raises:
             RuntimeError: The server is not started.
@@ -202,7 +204,7 @@ class EmbeddedPostgres:
         """
         ensure_database(self.dsn(), database, roles)
 
-    def _start(self) -> None:
+    def _start(self, socket_before: Path | None) -> None:
         binaries = find_binaries()
         major = server_major(binaries)
         made = not self._data.exists()
@@ -220,7 +222,7 @@ class EmbeddedPostgres:
             if not self._cluster.exists():
                 self._initialize(binaries, major, owner, server_lock)
             self._drop_stale_pid_file()
-            self._socket = make_socket_folder(self._data / "socket", _PORT, owner)
+            self._socket = make_socket_folder(self._data / "socket", _PORT, owner, socket_before)
             self._run(binaries, owner, server_lock)
         finally:
             os.close(server_lock)  # from here on only the server's processes hold it

@@ -217,7 +217,7 @@ def server_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
 
 
-def make_socket_folder(place: Path, port: int, owner: Owner | None) -> Path:
+def make_socket_folder(place: Path, port: int, owner: Owner | None, again: Path | None = None) -> Path:
     """Make a private folder for the server's socket, anew.
 
     No server may be using the old one.
@@ -227,6 +227,7 @@ def make_socket_folder(place: Path, port: int, owner: Owner | None) -> Path:
             the system's temporary one.
         port: Only a part of the socket's file name.
         owner: Who gets the folder; None leaves it to the caller.
+        again: Where it was before, for a server that is started again under clients that know the old path.
 
     Returns:
         The folder itself.
@@ -242,7 +243,11 @@ def make_socket_folder(place: Path, port: int, owner: Owner | None) -> Path:
             shutil.rmtree(old, ignore_errors=True)
         place.unlink()
     if len(os.fsencode(place / f".s.PGSQL.{port}")) > _LONGEST_SOCKET_PATH_BYTES:
-        folder = Path(tempfile.mkdtemp(prefix="muster-pg-"))
+        if again is None:
+            folder = Path(tempfile.mkdtemp(prefix="muster-pg-"))
+        else:
+            folder = again
+            folder.mkdir(mode=0o700)
         place.symlink_to(folder)
     else:
         # The lock file beside a killed server's socket misleads the next one just as postmaster.pid does.

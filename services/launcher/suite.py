@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import os
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -54,6 +55,7 @@ from services.postgres import Database
 
 SERVICES = ("persona_store", "allocator", "session_tracker", "archiver")
 DATABASE = "muster"
+POSTGRES = "postgres"
 ORGANIZATION = "default"
 
 _READY_SECONDS = 30.0
@@ -216,6 +218,17 @@ class Suite:
         finally:
             services.cancel()
 
+    def kill(self, name: str) -> None:
+        """Sends SIGKILL to a service's process, or to the database's (`postgres`), as a fault; it comes back by itself.
+
+        Raises:
+            KeyError: no process has this name.
+        """
+        if name != POSTGRES:
+            self.supervisor.kill(name)
+        elif (pid := self._postgres.pid) is not None:
+            os.kill(pid, signal.SIGKILL)
+
     async def wait_ready(self, name: str) -> None:
         """Waits until a service answers that it serves.
 
@@ -274,11 +287,11 @@ class Suite:
             began = loop.time()
             code = await asyncio.to_thread(self._postgres.wait)
             delay = backoff.after(loop.time() - began)
-            self._note(Exited("postgres", code))
-            self._note(Restarting("postgres", delay))
+            self._note(Exited(POSTGRES, code))
+            self._note(Restarting(POSTGRES, delay))
             await asyncio.sleep(delay)
             await _to_its_end(self._postgres.start)
-            self._note(Started("postgres", self._postgres.pid or 0))
+            self._note(Started(POSTGRES, self._postgres.pid or 0))
 
     async def _ensure_keys(self) -> None:
         config = PostgresConfig(dsn=SecretStr(self.dsn("muster_identity")), pool_min=0, pool_max=1)

@@ -131,8 +131,8 @@ class Command:
 
     def left(self, seconds: float = SECONDS) -> list[psutil.Process]:
         """Returns what still runs of its family after `seconds`."""
-        alive: list[psutil.Process] = psutil.wait_procs(self._seen.values(), timeout=seconds)[1]
-        return alive
+        alive = psutil.wait_procs(self._seen.values(), timeout=seconds)[1]
+        return [process for process in alive if not _is_zombie(process)]
 
     def dispose(self) -> None:
         """Kills all of it."""
@@ -210,6 +210,14 @@ class Up(Command):
         with urllib.request.urlopen(f"http://{listen}/metrics", timeout=10) as response:
             text: str = response.read().decode()
         return text
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    # Where process 1 reaps nobody, as in many containers, what lost its parent stays listed after its end.
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _spawn(argv: list[str], out: IO[bytes], err: IO[bytes], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:

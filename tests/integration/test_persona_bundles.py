@@ -7,19 +7,25 @@ import contextlib
 import hashlib
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import grpc
 import pytest
 from muster.persona_store.v1 import bundle_pb2, checkout_pb2, persona_pb2
 
 from persona_store.bundle_store import BundleStore
-from persona_store.bundles import Bundles
+from persona_store.collector import Collector
+from persona_store.config import BundlesConfig
 from persona_store.parts import PartKind, object_key
+from persona_store.store import PersonaStore
+from services.config import PostgresConfig
 from services.objects import ObjectStore, ObjectStoreConfig, ObjectStoreUnavailable
-from tests.support.personas import QUIET, PersonaClient, new_id, refused, s3_settings, start_personas
+from services.postgres import Database
+from tests.support.personas import PersonaClient, new_id, refused, s3_settings, start_personas
 from tests.support.s3 import S3Server
 from tests.support.services import StartService
 
@@ -255,14 +261,8 @@ async def test_a_kill_before_the_commit_leaves_the_last_generation_and_an_orphan
     assert (await client.load(persona_id))["state.json"] == b"next"
 
 
-def collector_of(client: PersonaClient, store: ObjectStore) -> Any:
+def collector_of(client: PersonaClient, store: ObjectStore) -> Callable[[], Awaitable[int]]:
     """Returns the collector's work on the service's database, as another replica would do it."""
-    from datetime import timedelta
-
-    from persona_store.collector import Collector
-    from persona_store.store import PersonaStore
-    from services.config import PostgresConfig
-    from services.postgres import Database
 
     async def collect() -> int:
         config = PostgresConfig.model_validate({"dsn": client.service.dsn})
@@ -279,8 +279,6 @@ def collector_of(client: PersonaClient, store: ObjectStore) -> Any:
 async def test_a_failed_creation_leaves_an_orphan_to_collect(
     client: PersonaClient, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from persona_store.store import PersonaStore
-
     async def killed(*_: Any) -> None:
         raise RuntimeError("killed between put and commit")
 
@@ -327,18 +325,12 @@ async def test_old_generations_are_dropped_and_their_objects_collected_after_the
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "GENERATION_NOT_FOUND")
     assert (await refused(client.load(persona_id, 2**40))).reason == "GENERATION_NOT_FOUND"
     # A reader that began before still finds every byte.
-    assert await store.get(object_key(uuid_of(persona_id), 3, PartKind.STATE)) == b"3"
+    assert await store.get(object_key(UUID(persona_id), 3, PartKind.STATE)) == b"3"
     await client.sql("UPDATE pending_objects SET collect_at = now()")
     assert await collector_of(client, store)() == 2
     expected = {"1/fingerprint.json", "2/cookies.tar.gz", *(f"{n}/state.json" for n in range(4, 9))}
     assert await keys(store) == expected
     assert set(await client.load(persona_id, 4)) == {"fingerprint.json", "cookies.tar.gz", "state.json"}
-
-
-def uuid_of(text: str) -> Any:
-    import uuid
-
-    return uuid.UUID(text)
 
 
 @pytest.mark.parametrize("damage", ["changed", "shorter", "longer", "gone"])
@@ -349,7 +341,7 @@ async def test_a_corrupt_part_is_told_and_never_handed_out(
     persona_id = held.persona.persona_id
     await client.save(held, {"state.json": b"good"})
     await client.save(held, {"state.json": b"evil"})
-    key = object_key(uuid_of(persona_id), 3, PartKind.STATE)
+    key = object_key(UUID(persona_id), 3, PartKind.STATE)
     if damage == "gone":
         await store.delete([key])
     else:
@@ -418,9 +410,8 @@ async def test_a_store_that_refuses_leaves_the_last_generation(
 async def test_a_full_disk_leaves_the_last_generation(start_service: StartService, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True, check=False
-    )
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    mounted = await asyncio.to_thread(subprocess.run, command, capture_output=True)
     if mounted.returncode:
         pytest.skip("this root may not mount")
     try:
@@ -434,10 +425,7 @@ async def test_a_full_disk_leaves_the_last_generation(start_service: StartServic
         # What did not fit is not left behind either.
         assert (await client.save(held, {"cookies.tar.gz": os.urandom(MIB // 2)})).generation == 4
     finally:
-        subprocess.run(["umount", "-l", small], check=True)
-
-
-STREAM_HEADER = {"request_id": new_id(), "persona_id": new_id(), "lease_token": b"t" * 16}
+        await asyncio.to_thread(subprocess.run, ["umount", "-l", str(small)], check=True)
 
 
 async def test_parts_are_limited(local: PersonaClient) -> None:
@@ -473,9 +461,5 @@ async def test_a_whole_day_of_saves_keeps_folders_few(local: PersonaClient, tmp_
 
 
 def test_a_save_fits_twice_into_the_grace() -> None:
-    from persona_store.config import BundlesConfig
-
     with pytest.raises(ValueError, match="twice"):
         BundlesConfig(save_seconds=100, grace_seconds=199)
-    assert QUIET["bundles"]["collect_seconds"] == 86400
-    assert Bundles.__doc__

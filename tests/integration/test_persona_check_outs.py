@@ -103,7 +103,7 @@ async def test_none_matches_is_not_said_because_a_row_is_locked(client: PersonaC
 async def until(client: PersonaClient, condition: str) -> None:
     """Waits, at most 10 s, until a query says true."""
     async with asyncio.timeout(10):
-        while not (await client.sql(condition))[0][0]:
+        while not (await client.sql(condition))[0][0]:  # noqa: ASYNC110 - the database has no event to wait for
             await asyncio.sleep(0.01)
 
 
@@ -299,7 +299,8 @@ async def test_what_ran_out_is_free_at_once(client: PersonaClient) -> None:
 
 async def test_the_sweeper_ends_what_ran_out(start_service: StartService, tmp_path: Path) -> None:
     client = await start_personas(start_service, tmp_path, check_outs={"sweep_seconds": 0.02})
-    await client.take(*(item(f"h{n}", (await client.create()).persona_id) for n in range(3)))
+    for n in range(3):
+        await client.held(f"h{n}", (await client.create()).persona_id)
     await client.expire("h1")
     await until(client, "SELECT count(*) = 2 FROM check_outs")
 

@@ -28,6 +28,7 @@ class Allocator(work_pb2_grpc.WorkServiceServicer):
         self.refusals: dict[str, str] = {}
         self.authorizations: set[str] = set()
         self.down = False
+        self.strangers: set[str] = set()
 
     async def RenewLeases(self, request: work_pb2.RenewLeasesRequest, context: Any) -> work_pb2.RenewLeasesResponse:
         metadata = dict(context.invocation_metadata())
@@ -35,6 +36,8 @@ class Allocator(work_pb2_grpc.WorkServiceServicer):
         self.asked.put_nowait((metadata["muster-organization"], list(request.leases)))
         if self.down:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "down")
+        if metadata["muster-organization"] in self.strangers:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such organization")
         response = work_pb2.RenewLeasesResponse()
         for lease in request.leases:
             answer = response.leases.add(allocation_key=lease.allocation_key)
@@ -172,6 +175,24 @@ async def test_when_the_allocator_is_down_the_next_round_tries_again(
         allocator[0].asked.get_nowait()
     _, leases = await allocator[0].next()
     assert [lease.allocation_key for lease in leases] == [key]
+
+
+async def test_one_refused_organization_does_not_hold_up_the_others(
+    tracker: Tracker, allocator: tuple[Allocator, str]
+) -> None:
+    theirs = Tracker(tracker.service, await tracker.service.metadata(Role.WORKER, organization="umbrella"))
+    mine = str(await tracker.service.organization_id())
+    others = str(await tracker.service.organization_id("umbrella"))
+    allocator[0].strangers.add(mine)
+    first, second = str(uuid4()), str(uuid4())
+    await tracker.start(first)
+    await theirs.start(second)
+    await tracker.report(first)
+    assert (await allocator[0].next())[0] == mine
+    await theirs.report(second)
+    asked: set[str] = set()
+    while others not in asked:
+        asked.add((await allocator[0].next())[0])
 
 
 async def test_more_than_a_thousand_leases_go_in_several_calls(

@@ -18,6 +18,7 @@ from muster.session_tracker.v1 import session_pb2 as pb
 from muster.session_tracker.v1 import session_pb2_grpc
 
 from services.call import Role
+from services.postgres import queries
 from tests.support.postgres import PostgresServer
 from tests.support.services import RunningService, StartService
 
@@ -241,6 +242,35 @@ async def test_results_are_listed_newest_first_page_by_page_and_filtered(tracker
     ):
         error = await refused(tracker.watch.ListResults(request, metadata=tracker.operator))
         assert (error.code(), details(error)[0]) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PAGE_TOKEN")
+
+
+async def test_pages_of_results_are_read_from_their_index(tracker: Tracker) -> None:
+    connection = await asyncpg.connect(tracker.service.dsn)
+    try:
+        await connection.execute("SET search_path = session_tracker; SET plan_cache_mode = force_generic_plan")
+        await connection.execute(
+            "INSERT INTO crawling_results (organization_id, session_id, status, total_pages, products_found,"
+            " errors_count, started_at, completed_at, execution_time_seconds, slot_id)"
+            " SELECT $1::uuid, 's' || n, 'completed', 1, 1, 0, now(), now() - n * interval '1 s', 1, 'slot' || n % 50"
+            " FROM generate_series(1, 20000) AS n",
+            await tracker.service.organization_id(),
+        )
+        await connection.execute("ANALYZE crawling_results")
+        statements = queries("session_tracker", "results.sql")
+        types = "uuid, text, timestamptz, timestamptz, timestamptz, text, bigint"
+        values = f"'{await tracker.service.organization_id()}', NULL, NULL, NULL, now() - interval '1 h', 's9', 101"
+        for name, more_types, more_values, index in (
+            ("list_results", "", "", "crawling_results_newest"),
+            ("list_results_of_slot", ", text", ", 'slot7'", "crawling_results_of_slot"),
+        ):
+            await connection.execute(f"PREPARE {name} ({types}{more_types}) AS {statements[name]}")
+            rows = await connection.fetch(f"EXPLAIN (ANALYZE, COSTS OFF) EXECUTE {name} ({values}{more_values})")
+            plan = "\n".join(row[0] for row in rows)
+            assert f"Index Scan using {index}" in plan, plan
+            assert "Sort" not in plan, plan
+            assert "Rows Removed" not in plan, plan
+    finally:
+        await connection.close()
 
 
 class Wire:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -10,13 +11,18 @@ from typing import Any
 from uuid import UUID
 
 import grpc
+import obstore
 import psycopg
 import pyarrow as pa
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 from muster.archiver.v1 import archive_pb2 as pb
 from muster.archiver.v1 import archive_pb2_grpc
+from obstore.exceptions import BaseError
 
 from services.call import Role
 from services.partitions import Interval, Partition
+from tests.support.s3 import S3Server, make_bucket
 from tests.support.services import RunningService
 
 # Every kind of column there is; values at the edge of their types stand among them.
@@ -42,7 +48,8 @@ SELECT %(begin)s::date + g %% %(days)s, gen_random_uuid(), (%(organizations)s::u
   timestamptz '2024-12-31 23:59:59.999999+00' + g * interval '1.000001 s', timestamp '1969-12-31' + g * interval '1 ms',
   CASE g %% 4 WHEN 0 THEN -999999999.999 ELSE g / 8.0 END, CASE g %% 4 WHEN 0 THEN 'NaN' ELSE g / 3.0 END,
   CASE g %% 6 WHEN 0 THEN NULL ELSE jsonb_build_object('b', g, 'a', jsonb_build_array(1, NULL, 'é')) END,
-  json_build_object('x', g), CASE g %% 9 WHEN 0 THEN '' WHEN 1 THEN NULL WHEN 2 THEN E'쿠팡 \\U0001F600 "quoted"\\n\\\\' ELSE 'text ' || g END,
+  json_build_object('x', g), CASE g %% 9 WHEN 0 THEN '' WHEN 1 THEN NULL
+  WHEN 2 THEN E'쿠팡 \\U0001F600 "quoted"\\n\\\\' ELSE 'text ' || g END,
   'v' || g %% 100, 'c', CASE g %% 8 WHEN 0 THEN ''::bytea WHEN 1 THEN NULL ELSE decode(md5(g::text), 'hex') END,
   CASE g %% 5 WHEN 0 THEN '{}'::text[] WHEN 1 THEN NULL ELSE ARRAY['a,b', NULL, g::text] END, ARRAY[g, -g],
   CASE g %% 2 WHEN 0 THEN inet '10.0.0.1' ELSE inet '10.1.2.3/16' END, cidr '10.1.0.0/16', g * interval '1 day 2 hours',
@@ -70,7 +77,8 @@ class EventTable:
         """Makes the partition that holds a day."""
         one = Partition.of("scratch", "events", interval, day)
         self.execute(
-            f"CREATE TABLE scratch.{one.name} PARTITION OF scratch.events FOR VALUES FROM ('{one.begin}') TO ('{one.end}')"
+            f"CREATE TABLE scratch.{one.name} PARTITION OF scratch.events "
+            f"FOR VALUES FROM ('{one.begin}') TO ('{one.end}')"
         )
         return one
 
@@ -87,12 +95,10 @@ class EventTable:
 
     def partitions(self) -> list[str]:
         """Returns the names of its partitions."""
-        return [
-            name
-            for (name,) in self.execute(
-                "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'scratch.events'::regclass ORDER BY 1"
-            )
-        ]
+        found = self.execute(
+            "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'scratch.events'::regclass ORDER BY 1"
+        )
+        return [name for (name,) in found]
 
     def relations(self) -> list[str]:
         """Returns the names of the relations beside it, attached or not."""
@@ -185,11 +191,26 @@ class Client:
             return Answered(reader.read_all(), statistics)
 
 
+async def eventually(holds: Callable[[], bool], *, seconds: float = 20.0) -> None:
+    """Waits until a condition holds, and fails when it does not in time."""
+    async with asyncio.timeout(seconds):
+        while not await asyncio.to_thread(holds):
+            await asyncio.sleep(0.02)
+
+
+def answers_ranges(server: S3Server) -> bool:
+    """Tells whether the server sends a part of an object as S3 does; `rclone serve s3` says 200 instead of 206."""
+    with make_bucket(server, "ranges") as bucket:
+        store = server.store(bucket)
+        obstore.put(store, "object", b"0123456789")
+        try:
+            return bytes(obstore.get_range(store, "object", start=2, end=4)) == b"23"
+        except BaseError:
+            return False
+
+
 def reason_of(error: grpc.aio.AioRpcError) -> str:
     """Returns the ErrorInfo reason of a failed call."""
-    from google.rpc import error_details_pb2
-    from grpc_status import rpc_status
-
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     for detail in status.details if status else ():
         info = error_details_pb2.ErrorInfo()

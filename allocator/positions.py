@@ -1,0 +1,52 @@
+"""Positions of pages: what a page token of each list holds."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from services.errors import InvalidPageToken
+
+Position = list[str | int] | None
+
+
+def uuid_position(position: Position) -> UUID | None:
+    """Returns the id after which a page begins. Raises: InvalidPageToken."""
+    if position is None:
+        return None
+    try:
+        (key,) = position
+        return UUID(str(key))
+    except ValueError:
+        raise _damaged() from None
+
+
+def time_position(position: Position) -> tuple[datetime, UUID] | None:
+    """Returns the time and id after which a page begins. Raises: InvalidPageToken."""
+    if position is None:
+        return None
+    try:
+        at, key = position
+        moment = datetime.fromisoformat(str(at))
+        if moment.tzinfo is None:
+            raise _damaged()
+        return moment, UUID(str(key))
+    except ValueError:
+        raise _damaged() from None
+
+
+def rate_position(position: Position) -> tuple[int, UUID] | None:
+    """Returns the rate and id after which a page begins. Raises: InvalidPageToken."""
+    if position is None:
+        return None
+    try:
+        rate, key = position
+        if not 0 <= int(rate) < 2**62:
+            raise _damaged()
+        return int(rate), UUID(str(key))
+    except ValueError:
+        raise _damaged() from None
+
+
+def _damaged() -> InvalidPageToken:
+    return InvalidPageToken("page_token was not given for this request: begin again without one")
