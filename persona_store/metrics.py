@@ -7,7 +7,7 @@ CHECK_OUTS = Counter("muster_persona_check_outs", "Check-outs answered, by what 
 CHECK_OUTS_EXPIRED = Counter("muster_persona_check_outs_expired", "Check-outs that ran out and were swept.")
 CONFLICTS = Counter(
     "muster_persona_conflicts",
-    "Picks that lost their persona to another replica and were repeated; lost leases.",
+    "Picks and saves that were repeated since another was faster.",
     ["kind"],
 )
 SAVE_SECONDS = Histogram(

@@ -108,12 +108,12 @@ class PersonaStore:
             )
             if answer is not None:
                 return UUID(bytes=answer)
-            pool = (organization, new.region, new.aging_level, list(new.tags))
+            pool = (organization, new.region, new.aging_level, new.base_profile, list(new.tags))
             pool_id = await connection.fetchval(_SQL["find_pool"], *pool)
             if pool_id is None:
                 await connection.execute(_SQL["insert_pool"], *pool)
                 pool_id = await connection.fetchval(_SQL["find_pool"], *pool)
-            row = (organization, persona_id, pool_id, new.status, new.fingerprint_sha256, new.base_profile)
+            row = (organization, persona_id, pool_id, new.status, new.fingerprint_sha256)
             if await connection.fetchval(_SQL["insert_persona"], *row) is None:
                 twin = await connection.fetchval(_SQL["find_by_fingerprint"], organization, new.fingerprint_sha256)
                 raise FingerprintExists(twin)

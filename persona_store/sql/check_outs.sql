@@ -1,6 +1,9 @@
 -- Row locks are taken in one order everywhere: requests, check_outs by (organization, persona, holder), personas by
 -- (organization, persona), generations, pending_objects. The unique indexes decide between transactions at once:
 -- an insert waits for one in flight and then gives way to it.
+--
+-- OFFSET 0 keeps "is it held?" a look into the unique index for each candidate. Without it the planner joins, and with
+-- statistics from a quiet hour it joins every candidate with every check-out (measured: 75 ms for 0.1 ms at 5,000).
 
 -- name: sweep_check_outs
 -- Ends up to 1000 check-outs that ran out; the holder may have used the persona, so it rests from now on. Returns how
@@ -62,7 +65,7 @@ CROSS JOIN LATERAL (
     AND p.persona_id <> ALL ($4::uuid[])
     AND NOT EXISTS (
       SELECT FROM check_outs c
-      WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now())
+      WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now() OFFSET 0)
   ORDER BY p.turn_at
   LIMIT $5
 ) AS idle
@@ -80,7 +83,7 @@ WHERE p.organization_id = $1 AND p.status = 2
   AND p.persona_id <> ALL ($4::uuid[])
   AND NOT EXISTS (
     SELECT FROM check_outs c
-    WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now())
+    WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now() OFFSET 0)
 ORDER BY p.turn_at
 LIMIT $5;
 
@@ -94,7 +97,7 @@ WHERE p.organization_id = $1 AND p.status = 2 AND p.returned
   AND p.persona_id <> ALL ($4::uuid[])
   AND NOT EXISTS (
     SELECT FROM check_outs c
-    WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now())
+    WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now() OFFSET 0)
 ORDER BY p.turn_at
 LIMIT $5;
 
@@ -113,7 +116,7 @@ SELECT count(*) FROM (
     AND p.last_used_at > now() - $3::interval
     AND NOT EXISTS (
       SELECT FROM check_outs c
-      WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now())
+      WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now() OFFSET 0)
   LIMIT 1000
 ) AS cooling;
 
@@ -124,7 +127,7 @@ SELECT count(*) FROM (
   WHERE p.organization_id = $1 AND p.status = 2 AND p.last_used_at > now() - $2::interval
     AND NOT EXISTS (
       SELECT FROM check_outs c
-      WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now())
+      WHERE c.organization_id = $1 AND c.persona_id = p.persona_id AND c.mode = 1 AND c.expires_at > now() OFFSET 0)
   LIMIT 1000
 ) AS cooling;
 

@@ -1,7 +1,7 @@
 -- name: find_personas
 -- Personas as they stand, in no order. $1 organizations, $2 persona ids, pairwise. Index: personas_pkey,
 -- check_outs_exclusive.
-SELECT p.organization_id, p.persona_id, p.status, p.fingerprint_sha256, p.base_profile, pools.aging_level,
+SELECT p.organization_id, p.persona_id, p.status, p.fingerprint_sha256, pools.base_profile, pools.aging_level,
   pools.region, pools.tags, p.generation, p.total_uses, p.success_count, p.blocked_count,
   nullif(p.last_used_at, '-infinity') AS last_used_at, coalesce(c.holder, '') AS held_by
 FROM unnest($1::uuid[], $2::uuid[]) AS wanted (organization_id, persona_id)
@@ -13,7 +13,7 @@ LEFT JOIN check_outs c ON c.organization_id = p.organization_id AND c.persona_id
 -- name: list_personas
 -- A page in the order of ids. $1 organization, $2 id to go on after, $3 status or NULL, $4 region or '', $5 tag or '',
 -- $6 rows. Index: personas_pkey.
-SELECT p.organization_id, p.persona_id, p.status, p.fingerprint_sha256, p.base_profile, pools.aging_level,
+SELECT p.organization_id, p.persona_id, p.status, p.fingerprint_sha256, pools.base_profile, pools.aging_level,
   pools.region, pools.tags, p.generation, p.total_uses, p.success_count, p.blocked_count,
   nullif(p.last_used_at, '-infinity') AS last_used_at, coalesce(c.holder, '') AS held_by
 FROM personas p
@@ -32,21 +32,23 @@ LIMIT $6;
 SELECT persona_id FROM personas WHERE organization_id = $1 AND fingerprint_sha256 = $2;
 
 -- name: insert_pool
--- Makes a pool unless it stands. $1 organization, $2 region, $3 aging level, $4 sorted tags. Index: the unique one.
-INSERT INTO pools (organization_id, region, aging_level, tags)
-VALUES ($1, $2, $3, $4)
-ON CONFLICT (organization_id, region, aging_level, tags) DO NOTHING;
+-- Makes a pool unless it stands. $1 organization, $2 region, $3 aging level, $4 base profile, $5 sorted tags. Index: the
+-- unique one.
+INSERT INTO pools (organization_id, region, aging_level, base_profile, tags)
+VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT (organization_id, region, aging_level, base_profile, tags) DO NOTHING;
 
 -- name: find_pool
--- $1 organization, $2 region, $3 aging level, $4 sorted tags. Index: the unique one.
-SELECT pool_id FROM pools WHERE organization_id = $1 AND region = $2 AND aging_level = $3 AND tags = $4;
+-- $1 organization, $2 region, $3 aging level, $4 base profile, $5 sorted tags. Index: the unique one.
+SELECT pool_id FROM pools
+WHERE organization_id = $1 AND region = $2 AND aging_level = $3 AND base_profile = $4 AND tags = $5;
 
 -- name: insert_persona
--- No row when the fingerprint is taken. $1 organization, $2 id, $3 pool, $4 status, $5 fingerprint's SHA-256,
--- $6 base profile. Index: personas_fingerprint.
+-- No row when the fingerprint is taken. $1 organization, $2 id, $3 pool, $4 status, $5 fingerprint's SHA-256. Index:
+-- personas_fingerprint.
 INSERT INTO personas
-  (organization_id, persona_id, pool_id, status, fingerprint_sha256, base_profile, generation, generations_reserved)
-VALUES ($1, $2, $3, $4, $5, $6, 1, 1)
+  (organization_id, persona_id, pool_id, status, fingerprint_sha256, generation, generations_reserved)
+VALUES ($1, $2, $3, $4, $5, 1, 1)
 ON CONFLICT (organization_id, fingerprint_sha256) DO NOTHING
 RETURNING persona_id;
 

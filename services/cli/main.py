@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 
 import click
 
-from services.cli import archive, exits, explain, keys, personas, run, sessions, slots, up
 from services.errors import StartupError
 
+_HOMES = {
+    "up": "up.up",
+    "serve": "run.serve",
+    "migrate": "run.migrate",
+    "key": "keys.key",
+    "slot": "slots.slot",
+    "exit": "exits.exit_",
+    "explain": "explain.explain",
+    "session": "sessions.session",
+    "persona": "personas.persona",
+    "archive": "archive.archive",
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+
+class _Commands(click.Group):
+    """Imports a command when it is used: to load what all of them stand on takes longer than most of them run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_HOMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _HOMES:
+            return None
+        module, _, name = _HOMES[cmd_name].partition(".")
+        command: click.Command = getattr(import_module(f"services.cli.{module}"), name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="muster-suite")
 def cli() -> None:
     """Muster: the control plane for fleets of crawl and automation workers."""
-
-
-for command in (
-    up.up,
-    run.serve,
-    run.migrate,
-    keys.key,
-    slots.slot,
-    exits.exit_,
-    explain.explain,
-    sessions.session,
-    personas.persona,
-    archive.archive,
-):
-    cli.add_command(command)
 
 
 def main() -> None:

@@ -185,8 +185,8 @@ class EmbeddedPostgres:
             database: Its name.
 
         Returns:
-            A libpq URI. It stays the same while this object starts the server again, and where the data folder's path is
-            short enough for a socket also for the next object.
+            A libpq URI. It stays the same while this object starts the server again; and also for the next object, where
+            the data folder's path is short enough for a socket.
 
         Raises:
             RuntimeError: The server is not started.

@@ -105,6 +105,21 @@ def test_a_killed_service_comes_back(suite: Up, service: str) -> None:
     assert f"{service} ended (signal 9)\n{service} starts again in " in suite.stderr
 
 
+def test_a_service_that_cannot_start_again_yet_does_so_later(suite: Up) -> None:
+    address = suite.endpoint("archiver")
+    killed = suite.service("archiver")
+    assert killed is not None
+    killed.kill()
+    killed.wait(10)
+    before = suite.stderr.count("archiver ended (code 2)")
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        taken.listen()
+        until(lambda: suite.alive() and suite.stderr.count("archiver ended (code 2)") > before, "a refused start")
+    until(lambda: suite.alive() and serves(address) and answers(suite, "archiver"), "the archiver serves again")
+
+
 def test_a_killed_database_comes_back_under_the_services(suite: Up) -> None:
     killed = suite.database()
     assert killed is not None

@@ -213,8 +213,8 @@ async def test_many_pools_are_picked_from_the_organizations_queue(client: Person
     # More kinds of personas than are merged: each its own tag, all of one region.
     organization = await client.service.organization_id()
     await client.sql(
-        "INSERT INTO pools (organization_id, region, tags, aging_level)"
-        " SELECT $1, 'kr', ARRAY['own ' || n], 50 FROM generate_series(1, 600) n",
+        "INSERT INTO pools (organization_id, region, tags, aging_level, base_profile)"
+        " SELECT $1, 'kr', ARRAY['own ' || n], 50, '' FROM generate_series(1, 600) n",
         organization,
     )
     ids = [(await client.create(region="kr", tags=[f"own {n}"], aging_level=50)).persona_id for n in (3, 1, 2)]

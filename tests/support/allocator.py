@@ -101,6 +101,8 @@ class Allocator:
     insight: insight_pb2_grpc.InsightServiceAsyncStub
     operator: Metadata
     worker: Metadata
+    # The back door kept open, for a test that uses it all the time; one call at a time.
+    door: asyncpg.Connection[asyncpg.Record] | None = None
 
     @classmethod
     async def of(cls, service: RunningService) -> Allocator:
@@ -189,6 +191,8 @@ class Allocator:
 
     async def sql(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
         """Runs a statement by the back door."""
+        if self.door is not None:
+            return await self.door.fetch(statement, *arguments)
         connection = await self.connect()
         try:
             return await connection.fetch(statement, *arguments)
@@ -226,10 +230,6 @@ class Allocator:
 
     async def check_invariants(self, names: Iterable[str] = tuple(INVARIANTS)) -> None:
         """Asserts the invariants over all rows."""
-        connection = await self.connect()
-        try:
-            for name in names:
-                broken = await connection.fetch(INVARIANTS[name])
-                assert not broken, f"{name}: {broken[:3]}"
-        finally:
-            await connection.close()
+        for name in names:
+            broken = await self.sql(INVARIANTS[name])
+            assert not broken, f"{name}: {broken[:3]}"

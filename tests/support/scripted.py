@@ -35,7 +35,7 @@ FILES: tuple[FileDescriptor, ...] = tuple(
 )
 
 Behaviour = Any
-"""A message, an error to refuse with, an async function of (request, context), or a list of these, the last for ever."""
+"""A message, an error or status to refuse with, or an async function of (request, context)."""
 
 
 def refusal(

@@ -1,4 +1,4 @@
-"""Every reason of the contract becomes a typed error of its code's class; enums and messages agree with the contract."""
+"""Every reason of the contract becomes a typed error of its code's class, and enums agree with the contract."""
 
 from enum import IntEnum
 from importlib import import_module
@@ -120,7 +120,7 @@ def test_the_pause_is_what_the_service_says_or_grows_with_full_jitter() -> None:
     plain = errors.restore("UNAVAILABLE", "", "")
     for attempt, most in ((1, 0.1), (2, 0.2), (4, 0.8), (30, 5.0), (5000, 5.0)):
         pauses = [pause_seconds(plain, attempt) for _ in range(200)]
-        assert 0 <= min(pauses)
+        assert min(pauses) >= 0
         assert most / 2 < max(pauses) <= most
 
 
