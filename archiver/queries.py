@@ -93,7 +93,8 @@ class Answer:
     def __init__(self, frame: DataFrame, max_rows: int, statistics: Statistics) -> None:
         self._frame = frame
         self._max_rows = max_rows
-        self.schema: pa.Schema = frame.schema()
+        # What the plan promises and what its batches say differ in nullability where a part was computed beforehand.
+        self.schema: pa.Schema = pa.schema([field.with_nullable(True) for field in frame.schema()])
         self.statistics = statistics
 
     async def batches(self) -> AsyncIterator[pa.RecordBatch]:
@@ -108,7 +109,7 @@ class Answer:
         try:
             stream = await asyncio.to_thread(self._frame.execute_stream)
             async for piece in stream:
-                batch = piece.to_pyarrow()
+                batch = pa.RecordBatch.from_arrays(piece.to_pyarrow().columns, schema=self.schema)
                 if batch.num_rows > left:
                     batch, self.statistics.truncated = batch.slice(0, left), True
                 left -= batch.num_rows

@@ -10,6 +10,7 @@ from uuid import UUID
 
 import asyncpg
 
+from persona_store import metrics
 from persona_store.check_outs import (
     Attempt,
     CheckOut,
@@ -77,6 +78,7 @@ class CheckOutStore:
 
         async def work() -> int:
             ended: int = await self._database.fetchval(_SQL["sweep_check_outs"])
+            metrics.CHECK_OUTS_EXPIRED.inc(ended)
             return ended
 
         return await repeated(work)
@@ -162,7 +164,7 @@ class _Taking:
         self._leases: dict[Key, Lease] = {}
         self._attempts: list[Attempt] = []
         # Orders for which nothing was left, by organization: true only if every attempt beside them succeeds.
-        self._empty: dict[UUID, list[tuple[Order, DomainError]]] = {}
+        self._empty: dict[UUID, list[tuple[list[int] | None, timedelta, Sequence[Order]]]] = {}
 
     async def run(self) -> list[Answer]:
         existing = await self._leases_of([_key(order) for order in self._orders])
@@ -182,9 +184,9 @@ class _Taking:
             await self._pick(organization_id, mode, criteria, orders)
         if self._attempts:
             await self._insert()
-        for organization_id, waiting in self._empty.items():
+        for organization_id in self._empty:
             if all(_key(a.order) in self._leases for a in self._attempts if a.order.organization_id == organization_id):
-                self._answers.update({_key(order): error for order, error in waiting})
+                await self._refuse_empty(organization_id)
         personas = await self._connection.fetch(
             _PERSONAS["find_personas"],
             [lease.organization_id for lease in self._leases.values()],
@@ -219,10 +221,14 @@ class _Taking:
             found = [found[index % len(found)] for index in range(len(orders))]
         self._attempts += [proposed(order, persona_id) for order, persona_id in zip(orders, found, strict=False)]
         if len(found) < len(orders):
-            held, cooling = await self._others(organization_id, pools, criteria.cool_down)
-            self._empty.setdefault(organization_id, []).extend(
-                (order, NoPersonaMatches(held, cooling)) for order in orders[len(found) :]
-            )
+            left = orders[len(found) :]
+            self._empty.setdefault(organization_id, []).append((pools, criteria.cool_down, left))
+
+    async def _refuse_empty(self, organization_id: UUID) -> None:
+        # Counted now, so that what this batch took counts as held.
+        for pools, cool_down, orders in self._empty[organization_id]:
+            held, cooling = await self._others(organization_id, pools, cool_down)
+            self._answers.update({_key(order): NoPersonaMatches(held, cooling) for order in orders})
 
     async def _pools(self, organization_id: UUID, criteria: Criteria) -> list[int] | None:
         if not (criteria.tags or criteria.region or criteria.min_aging_level):

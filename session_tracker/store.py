@@ -33,31 +33,30 @@ class PostgresResults:
         Returns:
             For each, in order: what is on record, and whether this entry is what was recorded.
         """
-        async with self._database.connection() as connection:
-            rows = await connection.fetch(
-                _SQL["record_results"],
-                [result.organization_id for result in results],
-                [result.session_id for result in results],
-                [result.state.name.lower() for result in results],
-                [result.stage for result in results],
-                [result.total_pages for result in results],
-                [result.products_found for result in results],
-                [result.errors_count for result in results],
-                [result.started_at for result in results],
-                [result.config_snapshot or None for result in results],
-                [result.slot_id for result in results],
-                [result.client_id for result in results],
-                [result.message for result in results],
+        rows = await self._database.fetch(
+            _SQL["record_results"],
+            [result.organization_id for result in results],
+            [result.session_id for result in results],
+            [result.state.name.lower() for result in results],
+            [result.stage for result in results],
+            [result.total_pages for result in results],
+            [result.products_found for result in results],
+            [result.errors_count for result in results],
+            [result.started_at for result in results],
+            [result.config_snapshot or None for result in results],
+            [result.slot_id for result in results],
+            [result.client_id for result in results],
+            [result.message for result in results],
+        )
+        fresh = {(row["organization_id"], row["session_id"]) for row in rows}
+        found = {(row["organization_id"], row["session_id"]): _recorded(row) for row in rows}
+        others = {key for result in results if (key := (result.organization_id, result.session_id)) not in found}
+        if others:
+            # A statement of its own: rows that another replica committed meanwhile are not seen by the first one.
+            rows = await self._database.fetch(
+                _SQL["find_results"], [key[0] for key in others], [key[1] for key in others]
             )
-            fresh = {(row["organization_id"], row["session_id"]) for row in rows}
-            found = {(row["organization_id"], row["session_id"]): _recorded(row) for row in rows}
-            others = {key for result in results if (key := (result.organization_id, result.session_id)) not in found}
-            if others:
-                # A statement of its own: rows that another replica committed meanwhile are not seen by the first one.
-                rows = await connection.fetch(
-                    _SQL["find_results"], [key[0] for key in others], [key[1] for key in others]
-                )
-                found |= {(row["organization_id"], row["session_id"]): _recorded(row) for row in rows}
+            found |= {(row["organization_id"], row["session_id"]): _recorded(row) for row in rows}
         answers = []
         for result in results:
             key = (result.organization_id, result.session_id)

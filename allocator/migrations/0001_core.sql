@@ -14,7 +14,7 @@ CREATE TABLE requests (
   answer bytea NOT NULL DEFAULT '',
   created_at timestamptz NOT NULL DEFAULT now(),
   PRIMARY KEY (organization_id, method, request_id)
-);
+) WITH (fillfactor = 70);
 CREATE INDEX requests_created_at ON requests (created_at);
 
 CREATE TABLE clients (

@@ -52,7 +52,7 @@ FOR UPDATE;
 
 -- name: organizations_to_sweep
 -- Whose leases the sweep must look at. The only statement over all organizations. Index: leases_sweep_at.
-SELECT DISTINCT organization_id FROM leases WHERE sweep_at <= clock_timestamp();
+SELECT DISTINCT organization_id FROM leases WHERE sweep_at <= statement_timestamp();
 
 -- name: postpone_sweep
 -- Leases that were renewed since they were last looked at come up again when they expire. $1 organization, $2 at most.
@@ -60,7 +60,7 @@ SELECT DISTINCT organization_id FROM leases WHERE sweep_at <= clock_timestamp();
 UPDATE leases SET sweep_at = expires_at
 WHERE allocation_key = ANY (ARRAY(
   SELECT allocation_key FROM leases
-  WHERE organization_id = $1 AND sweep_at <= clock_timestamp() AND expires_at > clock_timestamp()
+  WHERE organization_id = $1 AND sweep_at <= statement_timestamp() AND expires_at > statement_timestamp()
   ORDER BY allocation_key LIMIT $2 FOR UPDATE SKIP LOCKED));
 
 -- name: lock_expired
@@ -69,7 +69,7 @@ WHERE allocation_key = ANY (ARRAY(
 SELECT allocation_key, lease_token, work_date, slot_id, exit_id, exit_epoch, persona_need IS NOT NULL AS needs_persona,
   persona_id, client_id, instance_number, traceparent, granted_at, expires_at, renewable_until, false AS is_live
 FROM leases
-WHERE organization_id = $1 AND sweep_at <= clock_timestamp() AND expires_at <= clock_timestamp()
+WHERE organization_id = $1 AND sweep_at <= statement_timestamp() AND expires_at <= statement_timestamp()
 ORDER BY allocation_key LIMIT $2
 FOR UPDATE SKIP LOCKED;
 

@@ -32,8 +32,8 @@ LIMIT $6;
 SELECT persona_id FROM personas WHERE organization_id = $1 AND fingerprint_sha256 = $2;
 
 -- name: insert_pool
--- Makes a pool unless it stands. $1 organization, $2 region, $3 aging level, $4 base profile, $5 sorted tags. Index: the
--- unique one.
+-- Makes a pool unless it stands. $1 organization, $2 region, $3 aging level, $4 base profile, $5 sorted tags.
+-- Index: the unique one.
 INSERT INTO pools (organization_id, region, aging_level, base_profile, tags)
 VALUES ($1, $2, $3, $4, $5)
 ON CONFLICT (organization_id, region, aging_level, base_profile, tags) DO NOTHING;

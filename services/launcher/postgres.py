@@ -185,7 +185,7 @@ class EmbeddedPostgres:
             database: Its name.
 
         Returns:
-            A libpq URI. It stays the same while this object starts the server again; and also for the next object, where
+            A libpq URI. It stays the same while this object starts the server again; and for the next object too, if
             the data folder's path is short enough for a socket.
 
         Raises:

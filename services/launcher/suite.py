@@ -378,8 +378,6 @@ class Suite:
 
     def _note(self, event: Event) -> None:
         self._log_line(event.name, f"# {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {describe(event)}")
-        if isinstance(event, Started):
-            self._last_words.pop(event.name, None)
         self._on_event(event)
 
     def _words_of(self, name: str) -> str:

@@ -82,21 +82,21 @@ async def test_days_bound_rows_and_reading(client: Client, table: EventTable) ->
     assert hot.table.to_pylist() == [{"n": 100}]
 
 
-@pytest.mark.parametrize(
-    "sql",
-    [
-        "SELECT e.event_key FROM events e JOIN events f USING (event_key) WHERE e.middle > 50",
-        "SELECT event_key FROM events WHERE middle > (SELECT avg(middle) FROM events WHERE middle > 0)",
-        "WITH few AS (SELECT * FROM events LIMIT 5) SELECT title, tags FROM few UNION ALL SELECT title, tags FROM few",
-        "SELECT (SELECT max(large) FROM events) AS m, tiny FROM EVENTS WHERE EXISTS (SELECT 1 FROM events x)",
-        'SELECT "title" FROM "events" WHERE title IN (SELECT title FROM events WHERE code = \'v1\')',
-        "SELECT 1 AS one",
-    ],
+SHAPES = (
+    "SELECT e.event_key FROM events e JOIN events f USING (event_key) WHERE e.middle > 50",
+    "SELECT event_key FROM events WHERE middle > (SELECT avg(middle) FROM events WHERE middle > 0)",
+    "WITH few AS (SELECT * FROM events LIMIT 5) SELECT title, tags FROM few UNION ALL SELECT title, tags FROM few",
+    "SELECT (SELECT max(large) FROM events) AS m, tiny FROM EVENTS WHERE EXISTS (SELECT 1 FROM events x)",
+    'SELECT "title" FROM "events" WHERE title IN (SELECT title FROM events WHERE code = \'v5\')',
+    "SELECT 1 AS one",
 )
-async def test_shapes_of_select_read_every_column_they_need(client: Client, sql: str) -> None:
-    found = await client.query(sql)
-    assert found.table.num_rows > 0
-    assert "SECRET" not in str(found.table.to_pylist())
+
+
+async def test_shapes_of_select_read_every_column_they_need(client: Client) -> None:
+    for sql in SHAPES:
+        found = await client.query(sql)
+        assert found.table.num_rows > 0
+        assert "SECRET" not in str(found.table.to_pylist())
 
 
 async def test_each_hot_row_equals_its_cold_self(client: Client, table: EventTable) -> None:
@@ -126,60 +126,60 @@ async def test_cost_is_refused_before_reading(client: Client) -> None:
     assert "1000" in words
 
 
-@pytest.mark.parametrize(
-    ("sql", "reason"),
-    [
-        ("SELECT * FROM nothing", "POLICY_NOT_FOUND"),
-        ("SELECT * FROM scratch.events", "POLICY_NOT_FOUND"),
-        ("SELECT * FROM information_schema.tables", "POLICY_NOT_FOUND"),
-        ("SELECT * FROM '/etc/passwd'", "POLICY_NOT_FOUND"),
-        ("SELECT * FROM 's3://bucket/key.parquet'", "POLICY_NOT_FOUND"),
-        ("SELECT nothing FROM events", "QUERY_INVALID"),
-        ("SELECT", "QUERY_INVALID"),
-        ("not sql at all", "QUERY_INVALID"),
-        ("SELECT 1; SELECT 2", "QUERY_INVALID"),
-        ("SELECT 1; DROP TABLE events", "QUERY_INVALID"),
-        ("DROP TABLE events", "QUERY_INVALID"),
-        ("CREATE TABLE x AS SELECT * FROM events", "QUERY_INVALID"),
-        ("CREATE EXTERNAL TABLE x STORED AS CSV LOCATION '/etc/passwd'", "QUERY_INVALID"),
-        ("COPY events TO '/tmp/stolen.parquet'", "QUERY_INVALID"),
-        ("COPY (SELECT 1) TO '/tmp/stolen.parquet'", "QUERY_INVALID"),
-        ("INSERT INTO events SELECT * FROM events", "QUERY_INVALID"),
-        ("SET datafusion.catalog.information_schema = true", "QUERY_INVALID"),
-        ("SHOW TABLES", "QUERY_INVALID"),
-        ("EXPLAIN SELECT * FROM events", "QUERY_INVALID"),
-        ("EXPLAIN ANALYZE SELECT * FROM events", "QUERY_INVALID"),
-        ("DESCRIBE events", "QUERY_INVALID"),
-        ("PREPARE p AS SELECT 1", "QUERY_INVALID"),
-        ("SELECT input_file_name() FROM events", "QUERY_INVALID"),
-        ("SELECT * FROM read_csv('/etc/passwd')", "QUERY_INVALID"),
-        ("SELECT 1 / (middle - middle) FROM events", "QUERY_INVALID"),
-        ("SELECT CAST(title AS int) FROM events", "QUERY_INVALID"),
-    ],
+REFUSED = (
+    ("SELECT * FROM nothing", "POLICY_NOT_FOUND"),
+    ("SELECT * FROM scratch.events", "POLICY_NOT_FOUND"),
+    ("SELECT * FROM information_schema.tables", "POLICY_NOT_FOUND"),
+    ("SELECT * FROM '/etc/passwd'", "POLICY_NOT_FOUND"),
+    ("SELECT * FROM 's3://bucket/key.parquet'", "POLICY_NOT_FOUND"),
+    ("SELECT nothing FROM events", "QUERY_INVALID"),
+    ("SELECT", "QUERY_INVALID"),
+    ("not sql at all", "QUERY_INVALID"),
+    ("SELECT 1; SELECT 2", "QUERY_INVALID"),
+    ("SELECT 1; DROP TABLE events", "QUERY_INVALID"),
+    ("DROP TABLE events", "QUERY_INVALID"),
+    ("CREATE TABLE x AS SELECT * FROM events", "QUERY_INVALID"),
+    ("CREATE EXTERNAL TABLE x STORED AS CSV LOCATION '/etc/passwd'", "QUERY_INVALID"),
+    ("COPY events TO '/tmp/stolen.parquet'", "QUERY_INVALID"),
+    ("COPY (SELECT 1) TO '/tmp/stolen.parquet'", "QUERY_INVALID"),
+    ("INSERT INTO events SELECT * FROM events", "QUERY_INVALID"),
+    ("SET datafusion.catalog.information_schema = true", "QUERY_INVALID"),
+    ("SHOW TABLES", "QUERY_INVALID"),
+    ("EXPLAIN SELECT * FROM events", "QUERY_INVALID"),
+    ("EXPLAIN ANALYZE SELECT * FROM events", "QUERY_INVALID"),
+    ("DESCRIBE events", "QUERY_INVALID"),
+    ("PREPARE p AS SELECT 1", "QUERY_INVALID"),
+    ("SELECT input_file_name() FROM events", "QUERY_INVALID"),
+    ("SELECT * FROM read_csv('/etc/passwd')", "QUERY_INVALID"),
+    ("SELECT 1 / (middle - middle) FROM events", "QUERY_INVALID"),
+    ("SELECT CAST(title AS int) FROM events", "QUERY_INVALID"),
 )
-async def test_anything_else_is_refused(client: Client, sql: str, reason: str) -> None:
-    code, found, words = await refused(client, sql)
-    assert found == reason, words
-    assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
-    assert "SECRET" not in words
-    assert "/tmp/" not in words.replace("'/tmp/stolen.parquet'", "")
-    assert not Path("/tmp/stolen.parquet").exists()
 
 
-@pytest.mark.parametrize(
-    "condition",
-    [
-        "true",
-        "1=1 OR organization_id <> organization_id",
-        "organization_id IS NOT NULL OR title = 'SECRET'",
-        "title = 'SECRET'",
-        "CAST(CASE WHEN title = 'SECRET' THEN title ELSE '1' END AS int) >= 0",
-        "1 / (CASE WHEN title = 'SECRET' THEN 0 ELSE 1 END) = 1",
-    ],
+async def test_anything_else_is_refused(client: Client) -> None:
+    for sql, reason in REFUSED:
+        code, found, words = await refused(client, sql)
+        assert found == reason, words
+        assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+        assert "SECRET" not in words
+        assert "/tmp/" not in words.replace("'/tmp/stolen.parquet'", "")
+        assert not Path("/tmp/stolen.parquet").exists()
+
+
+CONDITIONS = (
+    "true",
+    "1=1 OR organization_id <> organization_id",
+    "organization_id IS NOT NULL OR title = 'SECRET'",
+    "title = 'SECRET'",
+    "CAST(CASE WHEN title = 'SECRET' THEN title ELSE '1' END AS int) >= 0",
+    "1 / (CASE WHEN title = 'SECRET' THEN 0 ELSE 1 END) = 1",
 )
-async def test_no_condition_reaches_other_organizations(client: Client, condition: str) -> None:
-    found = await client.query(f"SELECT count(*) AS n FROM events WHERE title = 'SECRET' AND ({condition})")
-    assert found.table.to_pylist() == [{"n": 0}]
+
+
+async def test_no_condition_reaches_other_organizations(client: Client) -> None:
+    for condition in CONDITIONS:
+        found = await client.query(f"SELECT count(*) AS n FROM events WHERE title = 'SECRET' AND ({condition})")
+        assert found.table.to_pylist() == [{"n": 0}]
 
 
 async def test_damaged_and_missing_files_are_noticed(client: Client) -> None:
@@ -217,9 +217,7 @@ async def test_cold_rows_outlive_their_table(client: Client, table: EventTable) 
 
 async def test_a_query_keeps_no_lock_and_a_cancelled_one_ends(client: Client, table: EventTable) -> None:
     call = client.query_stub.Query(
-        pb.QueryRequest(
-            sql="SELECT max(a.value + b.value) FROM generate_series(1, 1000000) a, generate_series(1, 1000000) b"
-        ),
+        pb.QueryRequest(sql="SELECT max(value) FROM generate_series(1, 1000000000000)"),
         metadata=await client.service.metadata(Role.OPERATOR),
         timeout=1,
     )
@@ -230,7 +228,6 @@ async def test_a_query_keeps_no_lock_and_a_cancelled_one_ends(client: Client, ta
         assert (await client.query("SELECT count(*) AS n FROM events")).table.to_pylist() == [{"n": 300}]
     with psycopg.connect(table.dsn, autocommit=True) as connection:
         connection.execute("SET lock_timeout = '1s'")
-        connection.execute("LOCK TABLE scratch.events IN ACCESS EXCLUSIVE MODE") if False else None
         connection.execute("ALTER TABLE scratch.events ADD COLUMN free boolean")
 
 

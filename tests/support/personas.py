@@ -105,9 +105,9 @@ class PersonaClient:
             organization,
             await service.metadata(Role.OPERATOR, organization),
             await service.metadata(Role.WORKER, organization),
-            persona_pb2_grpc.PersonaServiceStub(service.channel),  # type: ignore[arg-type,assignment]
-            checkout_pb2_grpc.CheckOutServiceStub(service.channel),  # type: ignore[arg-type,assignment]
-            bundle_pb2_grpc.BundleServiceStub(service.channel),  # type: ignore[arg-type,assignment]
+            persona_pb2_grpc.PersonaServiceStub(service.channel),
+            checkout_pb2_grpc.CheckOutServiceStub(service.channel),
+            bundle_pb2_grpc.BundleServiceStub(service.channel),
         )
 
     async def create(self, *, fingerprint: bytes | None = None, **fields: Any) -> persona_pb2.Persona:

@@ -1,5 +1,6 @@
 """Every reason of the contract becomes a typed error of its code's class, and enums agree with the contract."""
 
+from datetime import timedelta
 from enum import IntEnum
 from importlib import import_module
 
@@ -75,7 +76,7 @@ def test_enums_are_the_contracts(enum: type[IntEnum], contract: object) -> None:
 
 
 def test_settings_keep_their_types_there_and_back() -> None:
-    settings = {"on": True, "count": -(2**63), "pace": 0.5, "locale": "ko", "none": 0}
+    settings: dict[str, values.Setting] = {"on": True, "count": -(2**63), "pace": 0.5, "locale": "ko", "none": 0}
     there = values.setting_values(settings)
     back = values.plain_settings(there)
     assert back == settings
@@ -108,14 +109,14 @@ def test_settings_of_other_kinds_are_refused_by_name(wrong: object) -> None:
 )
 def test_what_is_repeated(reason: str, retry_after: float | None, safe: bool, once: bool) -> None:
     code = code_of(reason).name if reason else "UNAVAILABLE"
-    delay = values.timedelta(seconds=retry_after) if retry_after else None
+    delay = timedelta(seconds=retry_after) if retry_after else None
     error = errors.restore(code, reason, "", retry_after=delay)
     assert may_repeat(error, idempotent=True) is safe
     assert may_repeat(error, idempotent=False) is once
 
 
 def test_the_pause_is_what_the_service_says_or_grows_with_full_jitter() -> None:
-    told = errors.restore("UNAVAILABLE", "DRAINING", "", retry_after=values.timedelta(seconds=2))
+    told = errors.restore("UNAVAILABLE", "DRAINING", "", retry_after=timedelta(seconds=2))
     assert all(2 <= pause_seconds(told, attempt) <= 2.2 for attempt in range(1, 50))
     plain = errors.restore("UNAVAILABLE", "", "")
     for attempt, most in ((1, 0.1), (2, 0.2), (4, 0.8), (30, 5.0), (5000, 5.0)):

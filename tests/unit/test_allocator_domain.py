@@ -1,0 +1,86 @@
+"""The allocator's pure parts: shares, differences, keys and what they say of days."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from datetime import UTC, date, datetime
+
+import pytest
+import uuid_utils.compat as uuids
+
+from allocator.app import CONFIG
+from allocator.availability import AvailableExit, AvailableSlot, Spread
+from allocator.leases import work_dates
+from allocator.packages import Package
+from allocator.slots import PersonaNeed, SlotSpec, changed
+from services.config import load
+from services.errors import StartupError
+
+SPEC = SlotSpec("laptop", date(2024, 1, 1), date(2024, 1, 31), 100)
+
+
+def _slot(number: int, *, priority: int = 0, weight: int = 1, quota: int = 100, taken: int = 0) -> AvailableSlot:
+    return AvailableSlot(uuid.UUID(int=number), priority, weight, quota, taken, True, True, "")
+
+
+def test_a_spread_takes_by_priority_then_by_share_and_ends_when_all_are_used_up() -> None:
+    sources = [_slot(1, quota=10), _slot(2, quota=30), _slot(3, priority=1, quota=2)]
+    spread = Spread(sources)
+    taken = [source.slot_id.int for source in iter(spread.take, None) if isinstance(source, AvailableSlot)]
+    assert taken[:2] == [3, 3]
+    # A slot of three times the quota gets three times as much all along the way.
+    assert Counter(taken[2:22]) == {1: 5, 2: 15}
+    assert Counter(taken) == {1: 10, 2: 30, 3: 2}
+    assert not spread.has_room()
+
+
+def test_two_spreads_of_the_same_sources_do_not_take_one_use_twice() -> None:
+    exits = [AvailableExit(uuid.UUID(int=number), "kr", 3, 0) for number in range(2)]
+    everywhere, korea = Spread(exits), Spread(exits)
+    taken = [spread.take() for _ in range(3) for spread in (everywhere, korea)]
+    assert Counter(id(exit_) for exit_ in taken) == {id(exits[0]): 3, id(exits[1]): 3}
+    assert everywhere.take() is None
+    assert not korea.has_room()
+
+
+def test_a_key_names_the_days_around_its_time() -> None:
+    moment = datetime(2026, 2, 28, 23, 59, tzinfo=UTC)
+    key = uuids.uuid7(nanoseconds=int(moment.timestamp()) * 10**9)
+    assert work_dates([key, key]) == [date(2026, 2, 27), date(2026, 2, 28), date(2026, 3, 1)]
+
+
+@pytest.mark.parametrize("key", [uuid.UUID(int=0), uuid.UUID(int=2**128 - 1), uuid.UUID(int=253_402_300_799_999 << 80)])
+def test_a_key_that_nobody_made_names_no_day_that_matters(key: uuid.UUID) -> None:
+    assert all(date(1970, 1, 1) <= day for day in work_dates([key]))
+
+
+def test_a_difference_tells_types_apart_and_nothing_from_nothing() -> None:
+    spec, difference = changed(SPEC, {"settings": {"a": 1}, "daily_quota": 100})
+    assert difference == '{"settings": [{}, {"a": 1}]}'
+    assert changed(spec, {"settings": {"a": 1}})[1] is None
+    assert changed(spec, {"settings": {"a": True}})[1] is not None
+    assert changed(spec, {"settings": {"a": 1.0}})[1] is not None
+
+
+def test_equal_needs_have_equal_texts() -> None:
+    need = PersonaNeed(tags=("a", "b"), region="kr", min_aging_level=2, cool_down_seconds=60)
+    assert PersonaNeed.from_json(need.to_json()) == need
+    assert PersonaNeed.from_json(None) is None
+
+
+def test_a_unit_without_a_callers_trace_begins_its_own() -> None:
+    key = uuids.uuid7()
+    now = datetime.now(UTC)
+    package = Package(key, uuid.uuid4(), now, now, key, now.date(), "k", "", "", {}, None, None, None, "")
+    assert package.own_traceparent() == f"00-{key.hex}-{key.hex[16:]}-01"
+
+
+def test_the_defaults_stand_and_an_unknown_key_is_fatal() -> None:
+    config = load(CONFIG, "allocator", None, {})
+    assert (config.grpc.listen, config.metrics.listen) == ("127.0.0.1:7401", "127.0.0.1:9401")
+    assert (config.leases.duration_seconds, config.exits.limit) == (300, 500)
+    with pytest.raises(StartupError, match="duration_second"):
+        load(CONFIG, "allocator", None, {"MUSTER_ALLOCATOR__LEASES__DURATION_SECOND": "5"})
+    with pytest.raises(StartupError, match="duration_seconds"):
+        load(CONFIG, "allocator", None, {"MUSTER_ALLOCATOR__LEASES__DURATION_SECONDS": "0"})
