@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import minio
 import obstore
+import urllib3
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, S3Store
 from pydantic import Field, SecretStr, model_validator
@@ -206,7 +207,13 @@ def _open_s3(config: ObjectStoreConfig) -> ObjectStore:
     endpoint = urlsplit(config.endpoint)
     secure = endpoint.scheme == "https"
     client = minio.Minio(
-        endpoint.netloc, access_key=config.access_key, secret_key=config.secret(), secure=secure, region=config.region
+        endpoint.netloc,
+        access_key=config.access_key,
+        secret_key=config.secret(),
+        secure=secure,
+        region=config.region,
+        # Its default would try a dead server for 6 s and more; a start that fails should say so at once.
+        http_client=urllib3.PoolManager(timeout=config.timeout_seconds, retries=urllib3.Retry(total=1)),
     )
     if not client.bucket_exists(config.bucket):
         client.make_bucket(config.bucket)

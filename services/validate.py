@@ -187,7 +187,9 @@ class Checks:
             self.fail(field, f"at most {max_bytes} bytes, is {size}")
             return {}
         try:
-            parsed = json.loads(value, parse_constant=_refuse_constant)
+            # Decoded here, since json.loads would take UTF-16 and UTF-32 as well.
+            text = value if isinstance(value, str) else value.decode()
+            parsed = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             self.fail(field, "must be JSON (UTF-8, no NaN or Infinity)")
             return {}

@@ -13,7 +13,7 @@ CREATE TABLE pools (
 );
 CREATE INDEX pools_tags ON pools USING gin (tags);
 
--- One row for each persona, 381 bytes with every index (a million rows, random fingerprints; the bound is 400). Column
+-- One row for each persona, 382 bytes with every index (a million rows, random fingerprints; the bound is 400). Column
 -- order leaves no padding. Nothing derivable is stored: the time of creation is in the id (UUIDv7), the holder is in
 -- check_outs, the parts are in generations.
 CREATE TABLE personas (

@@ -98,37 +98,43 @@ async def furnish(client: muster.Client, quota: int) -> muster.Slot:
     )
 
 
+async def work(job: muster.Job, profile: Path, done: int) -> int:
+    """Does one unit in a profile folder, as the `done` + 1st of its persona, and returns the generation it saved."""
+    assert job.settings == {"cart_click_enabled": False, "block_thumbnail_cdn": True, "pages": 3, "ratio": 0.5}
+    assert job.exit is not None
+    assert job.exit.endpoint == "http://127.0.0.1:3128"
+    bundle = await job.load_bundle()
+    assert bundle.fingerprint == {"screen": [1280, 720]}
+    profile.mkdir()
+    assert bundle.restore_profile(profile) == bool(done)
+    visits = profile / "Cookies"
+    assert len(visits.read_text() if visits.exists() else "") == done
+    visits.write_text("x" * (done + 1))
+    job.progress(page=1, total=2, products=1)
+    generation = await job.save_bundle(profile=profile, state={"run": done}, history=[job.keyword])
+    job.progress(page=2, total=2, products=2)
+    product = muster.Product(product_id="p", title="A laptop", rank=1)
+    disposition = await job.succeed(products=[product], exit_ip="203.0.113.7")
+    assert disposition is muster.ResultDisposition.RECORDED
+    return generation.generation
+
+
 async def test_a_worker_does_its_quota_and_everything_adds_up(client: muster.Client, tmp_path: Path) -> None:
     slot = await furnish(client, quota=3)
     keys: list[str] = []
     generations: list[int] = []
+    wrong: list[AssertionError] = []
     async with muster.Worker(client, client_id="pc-1", instance_number=2) as worker:
         async for job in worker.jobs(stop_when_idle=timedelta(seconds=2)):
             async with job:
-                assert job.settings == {
-                    "cart_click_enabled": False,
-                    "block_thumbnail_cdn": True,
-                    "pages": 3,
-                    "ratio": 0.5,
-                }
-                assert job.exit is not None
-                assert job.exit.endpoint == "http://127.0.0.1:3128"
-                bundle = await job.load_bundle()
-                assert bundle.fingerprint == {"screen": [1280, 720]}
-                profile = tmp_path / "profile"
-                profile.mkdir(exist_ok=True)
-                assert bundle.restore_profile(profile) == bool(keys)
-                visits = profile / "Cookies"
-                assert len(visits.read_text() if visits.exists() else "") == len(keys)
-                visits.write_text("x" * (len(keys) + 1))
-                job.progress(page=1, total=2, products=1)
-                generation = await job.save_bundle(profile=profile, state={"run": len(keys)}, history=[job.keyword])
-                generations.append(generation.generation)
-                job.progress(page=2, total=2, products=2)
-                product = muster.Product(product_id="p", title="A laptop", rank=1)
-                disposition = await job.succeed(products=[product], exit_ip="203.0.113.7")
-                assert disposition is muster.ResultDisposition.RECORDED
+                # What a body raises is recorded as a failure of the unit; a test wants to see it.
+                try:
+                    generations.append(await work(job, tmp_path / str(len(keys)), done=len(keys)))
+                except AssertionError as error:
+                    wrong.append(error)
+                    raise
                 keys.append(job.key)
+    assert wrong == []
     assert len(set(keys)) == 3
     assert generations == sorted(set(generations))
 

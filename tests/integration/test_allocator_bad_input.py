@@ -198,7 +198,10 @@ CALLS: list[tuple[str, str, Any, list[tuple[str, Any]]]] = [
         "work",
         "SubmitResults",
         work_pb2.SubmitResultsRequest(
-            client=CLIENT, results=[work_pb2.WorkResult(lease=LEASE, outcome=2, execution_time=_seconds(1))]
+            client=CLIENT,
+            results=[
+                work_pb2.WorkResult(lease=LEASE, outcome=work_pb2.WORK_OUTCOME_FAILED, execution_time=_seconds(1))
+            ],
         ),
         _RESULT_FAULTS,
     ),
@@ -207,7 +210,11 @@ CALLS: list[tuple[str, str, Any, list[tuple[str, Any]]]] = [
         "SubmitResults",
         work_pb2.SubmitResultsRequest(
             client=CLIENT,
-            results=[work_pb2.WorkResult(lease=LEASE, outcome=3, block_type="b", execution_time=_seconds(1))],
+            results=[
+                work_pb2.WorkResult(
+                    lease=LEASE, outcome=work_pb2.WORK_OUTCOME_BLOCKED, block_type="b", execution_time=_seconds(1)
+                )
+            ],
         ),
         [("results.0.block_type", ""), ("results.0.block_type", "x" * 65)],
     ),

@@ -123,7 +123,7 @@ async def test_lists_page_without_gap_or_repetition(allocator: Allocator) -> Non
         ({"keyword_prefix": "%"}, 0),
     )
     for values, count in cases:
-        request = slot_pb2.ListSlotsRequest(**values)  # type: ignore[arg-type]
+        request = slot_pb2.ListSlotsRequest(**values)
         assert len((await allocator.slots.ListSlots(request, metadata=allocator.operator)).slots) == count
     first = await allocator.slots.ListSlots(slot_pb2.ListSlotsRequest(page_size=3), metadata=allocator.operator)
     request = slot_pb2.ListSlotsRequest(page_size=3, page_token=first.next_page_token, target="t")

@@ -61,6 +61,9 @@ class FakePersonaStore(checkout_pb2_grpc.CheckOutServiceServicer):
                 self.idle.append(known.persona.persona_id)
         return response
 
+    async def RenewCheckOuts(self, request: checkout_pb2.RenewCheckOutsRequest, context: Any) -> Any:
+        raise AssertionError("a check-out is taken for the lease's whole life")
+
     async def _admit(self, context: Any) -> None:
         self.organizations |= {
             str(value) for key, value in context.invocation_metadata() if key == "muster-organization"

@@ -34,12 +34,13 @@ from muster.allocator.v1 import exit_pb2, work_pb2
 from allocator import app
 from allocator.allocation_store import AllocationStore
 from allocator.availability import Availability
+from allocator.config import LeasesConfig
 from allocator.lease_store import LeaseStore
 from allocator.leases import Leases
 from allocator.partitions import Partitions
 from services.call import Role
 from services.chassis import Chassis
-from services.config import PostgresConfig, load
+from services.config import DrainConfig, GrpcConfig, PostgresConfig
 from services.identity.keys import KeyStore
 from services.postgres import Database
 from tests.support.allocator import Allocator, lease, result
@@ -282,12 +283,12 @@ def stage(
         own = PostgresConfig.model_validate({"dsn": postgres_server.dsn(database, "muster_allocator")})
 
         async def start() -> Stage:
-            config = type(load(app.CONFIG, "allocator", None, {}))(
-                grpc={"listen": "127.0.0.1:0"},
+            config = app.CONFIG(
+                grpc=GrpcConfig(listen="127.0.0.1:0"),
                 postgres=own,
                 identity=identity,
-                leases={"sweep_seconds": 60},
-                drain={"grace_seconds": 1},
+                leases=LeasesConfig(sweep_seconds=60),
+                drain=DrainConfig(grace_seconds=1),
             )
             chassis = Chassis("allocator", config)
             address = await chassis.start(app.bind)
@@ -320,10 +321,10 @@ def test_leases_hold_their_invariants_in_any_order(stage: Stage) -> None:
         pass
 
     Machine.stage = stage
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=15,
+            max_examples=25,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),
