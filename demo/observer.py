@@ -90,7 +90,6 @@ class Observer:
     async def _progress(self) -> None:
         totals = await self._client.sessions.totals()
         self._scene.pages_per_second = totals.pages_per_second
-        self._scene.products = max(self._scene.products, totals.products)
 
     async def _exits(self) -> None:
         rows = []
@@ -106,4 +105,4 @@ class Observer:
         for blocker in (await self._client.insight.explain()).blockers:
             if blocker.kind.name not in self._explained:
                 self._explained.add(blocker.kind.name)
-                self._screen.event(f"explain: {blocker.message} {blocker.remedy}", "magenta")
+                self._screen.event(f"explain: {blocker.message}; {blocker.remedy}", "magenta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -50,7 +51,7 @@ class ExitRow:
 class SessionRow:
     """One live session."""
 
-    worker: str
+    client: str
     keyword: str
     stage: str
     page: int
@@ -125,7 +126,7 @@ class PlainScreen:
         self._next_figures = scene.elapsed_seconds() + 5
         print(
             f"{scene.elapsed_seconds():6.1f} s  {scene.stage}: {scene.results} results, {scene.leases} leases, "
-            f"{len(scene.sessions)} live sessions, {scene.pages_per_second:.1f} pages/s, {scene.products} products",
+            f"{len(scene.sessions)} live sessions, {scene.pages_per_second:.1f} pages/s",
             flush=True,
         )
 
@@ -159,7 +160,9 @@ class RichScreen:
             self._most_sessions = busy
             console = Console(record=True, width=WIDTH, height=HEIGHT, file=io.StringIO())
             console.print(self._draw(), height=HEIGHT)
-            console.save_svg(str(self._picture), title="make demo")
+            # rich would have the reader's browser fetch a font from elsewhere; any fixed-width one will do.
+            picture = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="make demo"), flags=re.DOTALL)
+            self._picture.write_text(picture, encoding="utf-8")
 
     def _busyness(self) -> int:
         return len(self._scene.sessions) * 2 + len(self._scene.events)
@@ -184,7 +187,6 @@ def _headline(scene: Scene) -> RenderableType:
         ("leases", str(scene.leases)),
         ("clients", str(scene.clients_online)),
         ("pages/s", f"{scene.pages_per_second:.1f}"),
-        ("products", str(scene.products)),
         ("check-ins waiting", str(scene.check_ins_pending)),
     ]
     text = Text.assemble((f"{scene.stage}   ", "bold cyan"))
@@ -229,7 +231,7 @@ def _exits(rows: list[ExitRow]) -> RenderableType:
 
 def _sessions(rows: list[SessionRow]) -> RenderableType:
     columns = [
-        ("worker", "<"),
+        ("client", "<"),
         ("keyword", "<"),
         ("stage", "<"),
         ("pages", "<"),
@@ -240,7 +242,7 @@ def _sessions(rows: list[SessionRow]) -> RenderableType:
     table = _table("Live sessions", columns)
     for row in rows[:16]:
         table.add_row(
-            row.worker,
+            row.client,
             row.keyword,
             row.stage,
             ProgressBar(total=max(row.total, 1), completed=row.page, width=12),

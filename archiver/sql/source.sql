@@ -119,7 +119,7 @@ SELECT format('SELECT %s FROM %I.%I WHERE %I = %L::uuid%s%s',
 SELECT format(
   'SELECT organization, count(*) AS rows, ARRAY[%s] AS sums FROM '
   '(SELECT %I::text AS organization, coalesce(%s, 0) & 2147483647 AS tie, %s FROM %I.%I OFFSET 0) AS hashed GROUP BY organization',
-  string_agg(format('count(h%1$s)::text, sum(h%1$s)::text, sum((h%1$s & 2147483647) * tie)::text, '
+  string_agg(format('count(h%1$s)::text, sum(h%1$s)::text, sum(((h%1$s # (h%1$s >> 31) # (h%1$s >> 62)) & 2147483647) * tie + tie)::text, '
                     'left((min(e%1$s))::text, 128), left((max(e%1$s))::text, 128)', n), ', ' ORDER BY n),
   $6::text, $7::text,
   string_agg(format('%s AS h%s, %s AS e%s', hash_sql, n,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from importlib import import_module
 
 import click
@@ -61,6 +62,10 @@ def main() -> None:
     except StartupError as error:
         click.echo(f"muster: {error}", err=True)
         code = 2
+    except Exception:
+        # A fault of our own: shown whole, since there is nobody to hide it from, and ended like everything else.
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Native threads of storage libraries may abort the interpreter's own shutdown; see docs/decisions/0004-exit.md.

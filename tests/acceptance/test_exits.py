@@ -25,6 +25,7 @@ from tests.acceptance.conftest import (
     SERVICES,
     Command,
     StartUp,
+    Up,
     answer_to,
     environment,
     until,
@@ -133,6 +134,30 @@ def test_a_service_that_served_ends_cleanly(config_file: Path, operator_key: str
                 assert json.loads(line)["level"] in ("info", "warning"), line
         finally:
             serve.dispose()
+
+    run_many(run)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["slot", "list"],
+        ["exit", "list"],
+        ["explain"],
+        ["session", "totals"],
+        ["persona", "list"],
+        ["archive", "policies"],
+        ["archive", "run", "--dry-run"],
+        ["archive", "query", "SELECT count(*) AS n FROM work_allocations"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_an_operators_command_ends_cleanly(suite: Up, arguments: list[str]) -> None:
+    environ = environment(**suite.client_environment())
+
+    def run(_: int) -> None:
+        done = subprocess.run([MUSTER, *arguments], env=environ, capture_output=True, text=True, timeout=SECONDS)
+        ended_well(done.returncode, done.stderr)
 
     run_many(run)
 

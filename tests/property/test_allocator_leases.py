@@ -106,11 +106,14 @@ class LeaseMachine(RuleBasedStateMachine):
     @initialize(
         quotas=st.lists(st.integers(1, 4), min_size=1, max_size=3),
         caps=st.lists(st.integers(1, 5), min_size=1, max_size=2),
+        items=st.integers(1, 6),
     )
-    def begin(self, quotas: list[int], caps: list[int]) -> None:
+    def begin(self, quotas: list[int], caps: list[int], items: int) -> None:
         self.run = self.stage.loop.run
         self.units: list[Unit] = []
         self.run(self._begin(quotas, caps))
+        # Most of what can go wrong needs a unit to go wrong with.
+        self.allocate(items)
 
     async def _begin(self, quotas: list[int], caps: list[int]) -> None:
         service = self.stage.service
@@ -211,6 +214,14 @@ class LeaseMachine(RuleBasedStateMachine):
         for unit in self.units:
             if unit.state == "lapsed":
                 self.give_back(unit, "expired")
+
+    @rule(items=st.integers(1, 6))
+    def hand_out_again(self, items: int) -> None:
+        """Everybody vanishes, and others take over: what makes late results too late."""
+        while any(unit.state == "live" for unit in self.units):
+            self.run_out(0)
+        self.sweep()
+        self.allocate(items)
 
     @rule(number=st.integers(0, 99))
     def toggle(self, number: int) -> None:
