@@ -6,10 +6,11 @@ hashed to 64 bits (numbers, dates and moments by their value, floats by their bi
 its MD5) they are:
 
 - present: how many values are not null;
-- total: the sum of all h, modulo 2^64, which no lost, doubled or changed value leaves as it is (chance 2^-64);
-- tie: the sum of (fold(h) + 1) * (t mod 2^31), modulo 2^64, with t the row's tie column hashed alike and fold(h) the exclusive
-  or of the bits 0-30, 31-61 and 62-63 of h. It notices values that changed rows, which a sum does not. Without the fold
-  it would not for floats such as 1.0 and 2.0, whose low bits are all zero, nor without the 1 for zero and null;
+- total: the sum of all h, modulo 2^64, which no single lost, doubled or changed value leaves as it is;
+- tie: the sum of (fold(h) + 1) * (t mod 2^31), modulo 2^64, with t the row's tie column hashed alike and fold(h) the
+  exclusive or of the bits 0-30, 31-61 and 62-63 of h. It notices values that changed rows, and changes that cancel each
+  other out in the total. Without the fold it would not for floats such as 1.0 and 2.0, whose low bits are all zero, nor
+  without the 1 for zero and null;
 - least and greatest: of texts in the order of their bytes, of everything else by h; at most 128 characters.
 """
 

@@ -53,7 +53,7 @@ WHERE organization_id = $1 AND slot_id = $2;
 -- name: update_quota_today
 -- Today's quota follows, but never falls below the units that count against it already. $1 organization, $2 slot,
 -- $3 quota. Index: primary key.
-UPDATE daily_work_tracking SET quota = $3
+UPDATE daily_work_tracking SET quota = greatest($3, allocated - expired - released)
 WHERE organization_id = $1 AND slot_id = $2 AND work_date =
   (SELECT (now() AT TIME ZONE time_zone)::date FROM organizations WHERE organization_id = $1);
 

@@ -16,7 +16,7 @@ from muster.archiver.v1 import archive_pb2 as pb
 
 from archiver.store import Archive, Step, Store
 from services.call import Role
-from services.partitions import Interval
+from services.partitions import Interval, Partition
 from tests.support.archive_tables import (
     Client,
     EventTable,
@@ -201,6 +201,37 @@ async def test_late_rows_after_the_drop_get_a_file_of_their_own(client: Client, 
         assert hashlib.sha256(stored).hexdigest() == file["sha256"]
 
 
+@pytest.mark.parametrize("kind", ["timestamptz", "timestamp", "date"])
+async def test_months_of_ninety_days_by_any_partition_column(client: Client, table: EventTable, kind: str) -> None:
+    acme = await client.service.organization_id()
+    first = Partition.of("scratch", "logs", Interval.MONTH, old_day(Interval.MONTH, retention_days=90))
+    table.execute(f"CREATE TABLE scratch.logs (at {kind}, n int, organization_id uuid) PARTITION BY RANGE (at)")
+    table.execute(
+        f"CREATE TABLE scratch.{first.name} PARTITION OF scratch.logs "
+        f"FOR VALUES FROM ('{first.begin}') TO ('{first.end}')"
+    )
+    table.execute(
+        "INSERT INTO scratch.logs SELECT %(begin)s::date + (n - 1) * interval '12 hours', n, %(acme)s "
+        "FROM generate_series(1, 56) n",
+        begin=first.begin,
+        acme=acme,
+    )
+    await client.put(
+        name="logs",
+        table="scratch.logs",
+        interval=pb.PARTITION_INTERVAL_MONTH,
+        hot_retention_days=90,
+        key_column="",
+    )
+    days = {"from_date": f"{first.begin + timedelta(days=1)}", "to_date": f"{first.begin + timedelta(days=3)}"}
+    sql = "SELECT min(n) AS a, max(n) AS b FROM logs"
+    hot = (await client.query(sql, **days)).table.to_pylist()
+    assert hot == [{"a": 3, "b": 6}]
+    assert [event.step for event in await client.run("logs")] == WAY
+    assert (await client.query(sql, **days)).table.to_pylist() == hot
+    assert (await client.query(sql)).table.to_pylist() == [{"a": 1, "b": 56}]
+
+
 async def test_a_busy_partition_is_left_for_the_next_run(
     client: Client, table: EventTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +360,9 @@ async def test_the_run_goes_on_when_the_caller_goes_away(client: Client, table: 
     table.add_rows(old, 5000, [acme])
     await client.put()
     call = client.archive.RunArchive(pb.RunArchiveRequest(), metadata=await client.service.metadata(Role.ADMIN))
-    assert (await call.read()).step == pb.ARCHIVE_STEP_SELECTED
+    first = await call.read()
+    assert isinstance(first, pb.RunArchiveResponse)
+    assert first.step == pb.ARCHIVE_STEP_SELECTED
     call.cancel()
     await eventually(lambda: old.name not in table.relations())
     assert await _counted(client) == (5000, 5000)

@@ -304,7 +304,7 @@ async def test_declared_policies_and_defaults_are_put_at_start(
         "(work_date date, allocation_key uuid, organization_id uuid) PARTITION BY RANGE (work_date)"
     )
     declared = {"name": "events", "source": "allocator", "table": "scratch.events", "interval": "month", "ahead": 5}
-    settings = {
+    settings: dict[str, Any] = {
         "sources": {"allocator": PostgresConfig.model_validate({"dsn": table.dsn})},
         "objects": {"folder": tmp_path / "objects"},
         "policies": [declared],

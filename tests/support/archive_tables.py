@@ -69,8 +69,7 @@ class EventTable:
         """Runs a statement in a transaction of its own and returns its rows."""
         with psycopg.connect(self.dsn, autocommit=True) as connection:
             connection.execute("SET timezone = 'UTC'")
-            # The statements are the tests' own.
-            cursor = connection.execute(statement, values or None)  # type: ignore[call-overload]
+            cursor = connection.execute(statement, values or None)
             return cursor.fetchall() if cursor.description else []
 
     def add_partition(self, interval: Interval, day: date) -> Partition:
