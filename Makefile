@@ -36,9 +36,10 @@ demo: $(READY) ## Run the suite and a fleet of eight workers, and check every in
 up: $(READY) ## Run the suite until Ctrl-C; its data stays in .muster
 	$(BIN)/muster up
 
+TESTS ?=
 .PHONY: test
 test: $(READY) ## Run the test suite against real parts
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 .PHONY: check
 check: $(READY) ## Lint, types, layers, contracts, generated code
