@@ -6,6 +6,7 @@ daily_work_tracking, exits, each by key. Raises: DatabaseUnavailable, by every m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -107,20 +108,32 @@ class LeaseStore(Store):
 
         return await self.atomically(work)
 
-    async def release_unserved(self, organization_id: UUID, keys: Sequence[UUID], forget: UUID | None) -> int:
-        """Releases leases that nobody was told of, and forgets their request if it is left with none.
+    async def withdraw(self, organization_id: UUID, keys: Sequence[UUID], forget: UUID | None) -> int:
+        """Takes back leases that nobody was told of, as if they had never been granted; returns how many.
+
+        They leave no row in work_allocations: while no persona is idle, every call of a waiting fleet would add some.
 
         Args:
             organization_id: The tenant.
             keys: The leases.
-            forget: The request's id; None to keep it.
+            forget: The id of their request, which is forgotten too if it is left with none; None to keep it.
         """
 
         async def work(connection: Connection) -> int:
             if forget is not None:
                 await connection.execute(_SQL["forget_request"], organization_id, forget)
             held = await lock_leases(connection, organization_id, keys)
-            await _give_back(connection, organization_id, list(held.values()), Status.RELEASED)
+            units = Counter((lease.work_date, lease.slot_id) for lease in held.values())
+            days = sorted(units)
+            await connection.execute(
+                _SQL["withdraw_units"],
+                organization_id,
+                [day for day, _ in days],
+                [slot for _, slot in days],
+                [units[day] for day in days],
+            )
+            await _return_uses(connection, organization_id, list(held.values()))
+            await connection.execute(_SQL["withdraw_leases"], organization_id, list(held))
             return len(held)
 
         return await self.atomically(work)
@@ -196,6 +209,12 @@ async def _give_back(
     for lease in leases:
         moves.setdefault((lease.work_date, lease.slot_id), Counts()).add(status)
     await count_ends(connection, organization_id, moves)
+    await _return_uses(connection, organization_id, leases)
+    await end_leases(connection, organization_id, [Ending(lease, status) for lease in leases])
+
+
+async def _return_uses(connection: Connection, organization_id: UUID, leases: Sequence[HeldLease]) -> None:
+    """Gives the exits' uses of leases back."""
     if uses := exit_returns(leases):
         taken = sorted(uses)
         await connection.execute(
@@ -205,7 +224,6 @@ async def _give_back(
             [epoch for _, epoch in taken],
             [uses[use] for use in taken],
         )
-    await end_leases(connection, organization_id, [Ending(lease, status) for lease in leases])
 
 
 async def _ended(

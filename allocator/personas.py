@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
 from allocator.explanation import BlockerKind, NoWork
-from allocator.leases import PersonaUse, Status
-from allocator.metrics import ENDED
+from allocator.leases import PersonaUse
 from allocator.packages import AssignedPersona, Package
 from allocator.slots import PersonaNeed
 from services.coalesce import Coalescer
@@ -98,7 +97,7 @@ class Personas:
     async def complete(
         self, organization_id: UUID, request_id: UUID, packages: Sequence[Package]
     ) -> tuple[list[Package], Failed]:
-        """Returns the packages with their personas; those that get none are released, and `Failed` says why.
+        """Returns the packages with their personas; those that get none are withdrawn, and `Failed` says why.
 
         If the process ends in between, a retry of the request completes the packages, or their leases expire.
 
@@ -124,10 +123,9 @@ class Personas:
         away = BlockerKind.PERSONA_STORE_UNAVAILABLE in kinds
         needs = {_ALL} if away else {package.need.to_json() for package in unmet if package.need}
         if unmet:
-            count = await self._leases.release_unserved(
+            await self._leases.withdraw(
                 organization_id, [package.key for package in unmet], None if ready else request_id
             )
-            ENDED.labels(Status.RELEASED.name.lower()).inc(count)
             self._availability.outdate(organization_id)
             until = time.monotonic() + _FAILING_SECONDS
             self._failing.setdefault(organization_id, {}).update(dict.fromkeys(needs, until))

@@ -134,6 +134,30 @@ WITH asked AS (
 )
 SELECT statement_timestamp() AS ended_at;
 
+-- name: withdraw_leases
+-- Deletes locked leases that nobody was told of, without a trace but for the check-in of a persona that may have been
+-- checked out. $1 organization, $2 keys. Index: primary key.
+WITH gone AS (
+  DELETE FROM leases WHERE organization_id = $1 AND allocation_key = ANY ($2::uuid[])
+  RETURNING organization_id, allocation_key, persona_need
+)
+INSERT INTO outbox (organization_id, holder, outcome)
+SELECT organization_id, allocation_key, 1 FROM gone WHERE persona_need IS NOT NULL;
+
+-- name: withdraw_units
+-- Takes back what was counted for leases that nobody was told of. $1 organization, $2 days, $3 slots, $4 units.
+-- Index: primary key.
+WITH withdrawn AS MATERIALIZED (
+  SELECT t.work_date, t.slot_id, u.units
+  FROM unnest($2::date[], $3::uuid[], $4::integer[]) AS u (work_date, slot_id, units)
+  JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = u.work_date AND t.slot_id = u.slot_id
+  ORDER BY t.work_date, t.slot_id
+  FOR UPDATE OF t
+)
+UPDATE daily_work_tracking t SET allocated = t.allocated - w.units
+FROM withdrawn w
+WHERE t.organization_id = $1 AND t.work_date = w.work_date AND t.slot_id = w.slot_id;
+
 -- name: enqueue_check_ins
 -- For check-outs whose lease ended before they could be noted on it. $1 organization, $2 holders.
 INSERT INTO outbox (organization_id, holder, outcome) SELECT $1, holder, 1 FROM unnest($2::uuid[]) AS u (holder);

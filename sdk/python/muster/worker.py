@@ -13,7 +13,7 @@ from typing import Self
 
 from muster.calls import may_repeat, pause_seconds
 from muster.client import Client
-from muster.errors import MusterError
+from muster.errors import MusterError, RequestIdReused
 from muster.jobs import Job
 from muster.leases import HeldLease, LeaseKeeper
 from muster.progress import Reporter
@@ -100,6 +100,10 @@ class Worker:
                     request_id=request_id,
                     total_seconds=self._client.policy.call_seconds,
                 )
+            except RequestIdReused:
+                # The lost answer held leases, and they have ended meanwhile: the demand is spent.
+                request_id = str(uuid.uuid4())
+                continue
             except MusterError as error:
                 if not may_repeat(error, idempotent=True):
                     raise
