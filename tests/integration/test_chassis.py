@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -22,7 +22,7 @@ from services import metrics
 from services.call import Role, current
 from services.chassis import Chassis
 from services.config import MetricsConfig, PostgresConfig, ServiceConfig
-from services.errors import Overloaded, StartupError
+from services.errors import InvalidApiKey, Overloaded, StartupError
 from services.identity.keys import KeyStore
 from services.migrations import IDENTITY, migrate
 from services.postgres import Database
@@ -79,9 +79,10 @@ class Bench:
 def identity_database(
     postgres_server: PostgresServer, template_databases: TemplateDatabases
 ) -> Callable[[], AbstractContextManager[str]]:
-    return lambda: template_databases.fresh(
-        "identity_only", lambda name: migrate(IDENTITY, postgres_server.dsn(name)) and None
-    )
+    def prepare(name: str) -> None:
+        migrate(IDENTITY, postgres_server.dsn(name))
+
+    return lambda: template_databases.fresh("identity_only", prepare)
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ async def bench(
         store = KeyStore(database)
         keys = {role: (await store.create("acme", role, time_zone="Asia/Seoul"))[1] for role in Role}
         await store.create("globex", Role.WORKER)
-        probe = Probe()
+        probe = Probe()  # type: ignore[abstract]  # one method is left out on purpose
 
         async def bind(chassis: Chassis[Any], _: ServiceConfig) -> None:
             chassis.add(
@@ -119,7 +120,7 @@ async def refused(call: Awaitable[Any]) -> tuple[grpc.aio.AioRpcError, dict[str,
     """Returns the error of a call and its details by type name."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    status = rpc_status.from_call(caught.value)
+    status = rpc_status.from_call(cast(Any, caught.value))
     found: dict[str, Any] = {}
     for packed in status.details if status else ():
         for kind in (error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo, error_details_pb2.RequestInfo):
@@ -230,7 +231,8 @@ async def test_streams_have_the_same_wrapper(bench: Bench) -> None:
     error, details = await refused(_first(stream))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert details["RetryInfo"].retry_delay.seconds == 1
-    error, details = await refused(_first(bench.stub.WorkStream(requests(), timeout=5)))
+    # Without requests: a client that is writing when it is refused may see its own write fail instead.
+    error, details = await refused(_first(bench.stub.WorkStream(timeout=5)))
     assert error.code() is grpc.StatusCode.UNAUTHENTICATED
     assert details["ErrorInfo"].reason == "INVALID_API_KEY"
 
@@ -253,11 +255,13 @@ async def test_calls_are_counted_by_method_and_code(bench: Bench) -> None:
 
 
 async def test_health_reflection_and_channelz_are_served(bench: Bench) -> None:
-    health = health_pb2_grpc.HealthStub(bench.channel)
+    # The stubs of these packages are typed for blocking channels.
+    channel: Any = bench.channel
+    health: Any = health_pb2_grpc.HealthStub(channel)
     for service in ("", SERVICE):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    reflection = reflection_pb2_grpc.ServerReflectionStub(bench.channel)
+    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     listing = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
     names = [
         service.name
@@ -265,7 +269,7 @@ async def test_health_reflection_and_channelz_are_served(bench: Bench) -> None:
         for service in response.list_services_response.service
     ]
     assert SERVICE in names
-    channels = channelz_pb2_grpc.ChannelzStub(bench.channel)
+    channels: Any = channelz_pb2_grpc.ChannelzStub(channel)
     servers = await channels.GetServers(channelz_pb2.GetServersRequest(), timeout=5)
     assert len(servers.server) >= 1
 
@@ -315,7 +319,7 @@ async def test_revoked_keys_are_refused_and_remembered_ones_outlive_the_database
         assert await store.revoke(key_id)
         # Trusted for a while, then looked up again.
         authenticator._known[f"Bearer {key}"] = (0.0, authenticator._known[f"Bearer {key}"][1])
-        with pytest.raises(keys.InvalidApiKey):
+        with pytest.raises(InvalidApiKey):
             await authenticator.authenticate(f"Bearer {key}")
         _, other = await store.create("acme", Role.OPERATOR)
         known = await authenticator.authenticate(f"Bearer {other}")
