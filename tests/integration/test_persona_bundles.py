@@ -130,6 +130,19 @@ async def test_a_save_is_visible_whole_and_at_once(client: PersonaClient, store:
     assert await client.sql("SELECT * FROM pending_objects") == []
 
 
+async def test_what_one_replica_saved_another_loads_at_once(
+    client: PersonaClient, objects: dict[str, Any], start_service: StartService
+) -> None:
+    replica = await PersonaClient.of(
+        await start_service("persona_store", database=client.service.database, objects=objects)
+    )
+    held = await held_persona(client)
+    for run in range(5):
+        state = b'{"run": %d}' % run
+        await client.save(held, {"state.json": state})
+        assert await replica.load(held.persona.persona_id, parts=["state.json"]) == {"state.json": state}
+
+
 async def test_an_unchanged_part_is_not_written_again(client: PersonaClient, store: ObjectStore) -> None:
     held = await held_persona(client)
     persona_id = held.persona.persona_id
