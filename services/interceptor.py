@@ -28,7 +28,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from services.call import SHORTEST_SECONDS, Call, Principal, Role, begin, current
 from services.errors import DeadlineTooShort, DomainError, InternalFault, MethodUnknown, RoleNotAllowed
 from services.identity.keys import Authenticator
-from services.postgres import as_unavailable, is_unavailable
 from services.status import Context, abort, code_of
 
 _log = structlog.get_logger("rpc")
@@ -160,8 +159,6 @@ class _Method:
         if isinstance(error, NotImplementedError):
             # What generated code raises for a method of the contract that the servicer does not have.
             error = MethodUnknown(f"this release does not serve {self.full_name}")
-        elif not isinstance(error, DomainError) and is_unavailable(error):
-            error = as_unavailable(error)
         if isinstance(error, DomainError):
             code = code_of(error.reason).name
             level = "warning" if code in ("UNAVAILABLE", "DATA_LOSS", "INTERNAL") else "info"

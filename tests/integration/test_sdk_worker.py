@@ -5,8 +5,7 @@ import contextlib
 import logging
 import os
 import sys
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,172 +13,31 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
-from muster import Client, Job, Product, ResultDisposition, RetryPolicy, Worker, errors
+from muster import Client, Job, Product, ResultDisposition, Worker, errors
 from muster.allocator.v1 import work_pb2
 from muster.persona_store.v1 import bundle_pb2, persona_pb2
 from muster.session_tracker.v1 import session_pb2
 
-from services.status import code_number
-from tests.support.scripted import ScriptedServer, Status, refusal
-
-LEASED_AT = 1_800_000_000
-IDLE = timedelta(0)
-ALLOCATE = "WorkService/AllocateWork"
-SUBMIT = "WorkService/SubmitResults"
-RELEASE = "WorkService/ReleaseLeases"
-RENEW = "WorkService/RenewLeases"
-REPORT = "SessionService/ReportStream"
-START = "SessionService/StartSession"
-COMPLETE = "SessionService/CompleteSession"
-
-
-def item_error(reason: str) -> work_pb2.ItemError:
-    return work_pb2.ItemError(code=code_number(reason), reason=reason, message="as scripted")
-
-
-def unit(keyword: str = "json", *, lease_seconds: float = 300.0, persona: bool = False) -> work_pb2.Allocation:
-    allocation = work_pb2.Allocation(
-        allocation_key=str(uuid.uuid4()),
-        lease_token=b"l" * 16,
-        expires_at=Timestamp(seconds=LEASED_AT + int(lease_seconds), nanos=int(lease_seconds % 1 * 1e9)),
-        renewable_until=Timestamp(seconds=LEASED_AT + 7200),
-        lease_duration=Duration(seconds=int(lease_seconds), nanos=int(lease_seconds % 1 * 1e9)),
-        slot_id="slot-1",
-        work_date="2026-11-20",
-        keyword=keyword,
-        target="pydoc",
-        exit=work_pb2.AssignedExit(exit_id="e", endpoint="http://127.0.0.1:3128"),
-    )
-    allocation.settings["max_pages"].int_value = 4
-    if persona:
-        allocation.persona.CopyFrom(work_pb2.AssignedPersona(persona_id="p", lease_token=b"p" * 16, generation=1))
-    return allocation
-
-
-class House(ScriptedServer):
-    """Services that do their work; a test changes what it needs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.on(ALLOCATE, self.none())
-        self.on(SUBMIT, self.submit())
-        self.on(RENEW, self.renew())
-        self.on(RELEASE, self.release())
-        self.on("WorkService/Heartbeat", work_pb2.HeartbeatResponse())
-        self.on(START, session_pb2.StartSessionResponse())
-        self.on(REPORT, self.report())
-        self.on(COMPLETE, session_pb2.CompleteSessionResponse())
-
-    @staticmethod
-    def none(
-        blocker: work_pb2.BlockerKind.ValueType = work_pb2.BLOCKER_KIND_QUOTA_EXHAUSTED, seconds: float = 0.1
-    ) -> work_pb2.AllocateWorkResponse:
-        wait = Duration(nanos=int(seconds * 1e9))
-        return work_pb2.AllocateWorkResponse(no_work=work_pb2.NoWork(blocker=blocker, retry_after=wait))
-
-    def work(self, *units: work_pb2.Allocation) -> None:
-        answers = [work_pb2.AllocateWorkResponse(allocations=[one]) for one in units]
-        self.on(ALLOCATE, *answers, self.none())
-
-    @staticmethod
-    def submit(
-        disposition: work_pb2.ResultDisposition.ValueType = work_pb2.RESULT_DISPOSITION_RECORDED, reason: str = ""
-    ) -> Callable[..., Any]:
-        async def answer(request: work_pb2.SubmitResultsRequest, context: Any) -> work_pb2.SubmitResultsResponse:
-            return work_pb2.SubmitResultsResponse(
-                results=[
-                    work_pb2.SubmittedResult(allocation_key=result.lease.allocation_key, error=item_error(reason))
-                    if reason
-                    else work_pb2.SubmittedResult(allocation_key=result.lease.allocation_key, disposition=disposition)
-                    for result in request.results
-                ]
-            )
-
-        return answer
-
-    def renew(self, reason: str = "") -> Callable[..., Any]:
-        async def answer(request: work_pb2.RenewLeasesRequest, context: Any) -> work_pb2.RenewLeasesResponse:
-            renewed = []
-            for lease in request.leases:
-                if reason:
-                    renewed.append(work_pb2.RenewedLease(allocation_key=lease.allocation_key, error=item_error(reason)))
-                else:
-                    later = Timestamp(seconds=LEASED_AT + 600)
-                    renewed.append(work_pb2.RenewedLease(allocation_key=lease.allocation_key, expires_at=later))
-            return work_pb2.RenewLeasesResponse(leases=renewed)
-
-        return answer
-
-    @staticmethod
-    def release(reason: str = "") -> Callable[..., Any]:
-        async def answer(request: work_pb2.ReleaseLeasesRequest, context: Any) -> work_pb2.ReleaseLeasesResponse:
-            released = [
-                work_pb2.ReleasedLease(
-                    allocation_key=lease.allocation_key, error=item_error(reason) if reason else None
-                )
-                for lease in request.leases
-            ]
-            return work_pb2.ReleaseLeasesResponse(leases=released)
-
-        return answer
-
-    @staticmethod
-    def report(*, unknown: bool = False, lost: bool = False) -> Callable[..., Any]:
-        async def answer(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
-            async for batch in batches:
-                names = [update.session_id for update in batch.updates]
-                commands = [
-                    session_pb2.SessionCommand(
-                        session_id=name, kind=session_pb2.COMMAND_KIND_LEASE_LOST, message="expired"
-                    )
-                    for name in names
-                    if lost
-                ]
-                yield session_pb2.ReportStreamResponse(
-                    batch=batch.batch,
-                    taken=0 if unknown else len(names),
-                    unknown_sessions=names if unknown else [],
-                    commands=commands,
-                )
-
-        return answer
-
-    def results(self) -> list[work_pb2.WorkResult]:
-        return [result for request in self.calls[SUBMIT] for result in request.results]
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[House]:
-    made = House()
-    await made.start()
-    yield made
-    await made.stop()
+from tests.support.house import (
+    ALLOCATE,
+    COMPLETE,
+    IDLE,
+    RELEASE,
+    REPORT,
+    START,
+    SUBMIT,
+    House,
+    client_of,
+    run,
+    unit,
+)
+from tests.support.scripted import Status, refusal
 
 
 @pytest.fixture
 async def client(house: House) -> AsyncIterator[Client]:
-    there = house.address
-    policy = RetryPolicy(call_seconds=1.0, total_seconds=3.0)
-    async with Client(
-        api_key="k" * 40, allocator=there, persona_store=there, session_tracker=there, policy=policy
-    ) as made:
+    async with client_of(house) as made:
         yield made
-
-
-async def run(client: Client, body: Callable[[Job], Any], *, stop_when_idle: timedelta | None = IDLE) -> None:
-    """Runs a worker until there is no work; a check that failed in the body fails the test, not only its job."""
-    failed: list[Exception] = []
-    async with Worker(client, client_id="pc-1", instance_number=2, folder=3) as worker:
-        async for job in worker.jobs(stop_when_idle=stop_when_idle):
-            async with job:
-                try:
-                    await body(job)
-                except (AssertionError, TimeoutError) as error:
-                    failed.append(error)
-                    raise
-    if failed:
-        raise failed[0]
 
 
 async def test_a_worker_gets_works_reports_and_hands_in(house: House, client: Client) -> None:
@@ -425,216 +283,6 @@ async def test_a_result_outlives_a_restart_of_the_allocator(house: House, client
     house.on(SUBMIT, *[Status(grpc.StatusCode.UNAVAILABLE)] * 5, House.submit())
     await run(client, lambda job: job.succeed())
     assert len(house.results()) == 6
-
-
-async def test_the_worker_renews_by_itself_while_nothing_is_reported(house: House, client: Client) -> None:
-    house.work(unit(lease_seconds=0.6))
-
-    async def body(job: Job) -> None:
-        await house.came(RENEW, 3)
-        assert not job.lease_lost.is_set()
-        await job.succeed()
-
-    await run(client, body)
-    assert house.calls[RENEW][0].leases[0].lease_token == b"l" * 16
-    assert len(house.results()) == 1
-
-
-async def test_a_report_that_is_taken_puts_the_renewal_off(house: House, client: Client) -> None:
-    house.work(unit(lease_seconds=3.0))
-    clock = asyncio.get_running_loop().time
-    took = 0.0
-
-    async def body(job: Job) -> None:
-        nonlocal took
-        began = clock()
-        page = 0
-        while not house.calls[RENEW]:
-            page += 1
-            job.progress(page)
-            await house.came(REPORT, page)
-        took = clock() - began
-        await job.succeed()
-
-    await run(client, body)
-    # A third of the lease without a report would be 1 s; with reports it is two thirds.
-    assert 1.9 < took < 2.8
-
-
-@pytest.mark.parametrize("reason", ["LEASE_LOST", "LEASE_TOKEN_MISMATCH", "ALLOCATION_NOT_FOUND"])
-async def test_a_renewal_that_is_refused_sets_lease_lost(house: House, client: Client, reason: str) -> None:
-    house.work(unit(lease_seconds=0.6))
-    house.on(RENEW, house.renew(reason))
-
-    async def body(job: Job) -> None:
-        await asyncio.wait_for(job.lease_lost.wait(), 5)
-
-    await run(client, body)
-    assert len(house.calls[RENEW]) == 1
-
-
-async def test_a_lease_at_its_greatest_age_is_lost_only_when_it_runs_out(house: House, client: Client) -> None:
-    house.work(unit(lease_seconds=1.2))
-    house.on(RENEW, house.renew("LEASE_AGE_EXCEEDED"))
-    clock = asyncio.get_running_loop().time
-    took = 0.0
-
-    async def body(job: Job) -> None:
-        nonlocal took
-        began = clock()
-        await asyncio.wait_for(job.lease_lost.wait(), 5)
-        took = clock() - began
-
-    await run(client, body)
-    assert 0.9 < took < 2.5
-    assert len(house.calls[RENEW]) == 1
-
-
-async def test_renewals_go_on_after_the_allocator_was_away(house: House, client: Client) -> None:
-    house.work(unit(lease_seconds=0.6))
-    house.on(RENEW, *[Status(grpc.StatusCode.UNAVAILABLE)] * 12, house.renew())
-
-    async def body(job: Job) -> None:
-        await house.came(RENEW, 14)
-        assert not job.lease_lost.is_set()
-        await job.succeed()
-
-    await run(client, body)
-
-
-async def test_the_tracker_can_tell_that_a_lease_is_lost(house: House, client: Client) -> None:
-    house.work(unit())
-    house.on(REPORT, House.report(lost=True))
-
-    async def body(job: Job) -> None:
-        job.progress(1)
-        await asyncio.wait_for(job.lease_lost.wait(), 5)
-
-    await run(client, body)
-
-
-async def test_progress_never_waits_for_a_tracker_that_hangs_and_keeps_only_the_latest(
-    house: House, client: Client
-) -> None:
-    house.work(unit())
-    going = asyncio.Event()
-
-    async def hang(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
-        async for _ in batches:
-            await asyncio.Event().wait()
-        yield session_pb2.ReportStreamResponse()
-
-    house.on(REPORT, hang, House.report())
-
-    async def body(job: Job) -> None:
-        clock = asyncio.get_running_loop().time
-        job.progress(0)
-        await house.came(REPORT, 1)
-        began = clock()
-        for page in range(1, 50_001):
-            job.progress(page, 50_000)
-        assert clock() - began < 5
-        assert len(worker._reporter._live) == 1
-        await house.came(REPORT, 2)
-        going.set()
-        await job.succeed()
-
-    async with Worker(client, client_id="pc-1") as worker:
-        async for job in worker.jobs(stop_when_idle=IDLE):
-            async with job:
-                await body(job)
-    assert going.is_set()
-    later = [update for batch in house.calls[REPORT][1:] for update in batch.updates]
-    assert later[0].current_page == 50_000
-    assert later[0].sequence == 50_001
-
-
-async def test_the_crawl_goes_on_without_a_tracker_and_it_catches_up(house: House, client: Client) -> None:
-    away = Status(grpc.StatusCode.UNAVAILABLE)
-    house.work(unit("one"), unit("two"))
-    house.on(START, *[away] * 4, session_pb2.StartSessionResponse())
-    house.on(COMPLETE, *[away] * 3, session_pb2.CompleteSessionResponse())
-
-    async def body(job: Job) -> None:
-        job.progress(3, 3)
-        await job.succeed()
-
-    await run(client, body)
-    assert len(house.results()) == 2
-    done = {end.session_id for end in house.calls[COMPLETE][3:]}
-    assert done == {result.lease.allocation_key for result in house.results()}
-    assert all(end.started_at.seconds and end.total_pages == 3 for end in house.calls[COMPLETE])
-
-
-async def test_no_tracker_at_all_is_no_hindrance(house: House) -> None:
-    house.work(unit(lease_seconds=0.6))
-    async with Client(api_key="k" * 40, allocator=house.address) as client:
-
-        async def body(job: Job) -> None:
-            job.progress(1)
-            await house.came(RENEW, 1)
-            await job.succeed()
-
-        await run(client, body)
-    assert len(house.results()) == 1
-
-
-async def test_a_session_the_tracker_forgot_is_registered_again_with_its_numbers(house: House, client: Client) -> None:
-    house.work(unit())
-
-    async def forgetful(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
-        async for batch in batches:
-            forgotten = len(house.calls[REPORT]) == 2
-            names = [update.session_id for update in batch.updates]
-            yield session_pb2.ReportStreamResponse(batch=batch.batch, unknown_sessions=names if forgotten else [])
-
-    house.on(REPORT, forgetful)
-
-    async def body(job: Job) -> None:
-        job.progress(1)
-        await house.came(REPORT, 1)
-        job.progress(2, 9, 4)
-        await house.came(START, 2)
-        job.progress(3)
-        await house.came(REPORT, 3)
-        await job.succeed()
-
-    await run(client, body)
-    again = house.calls[START][1].progress
-    assert (again.current_page, again.total_pages, again.products_found, again.sequence) == (2, 9, 4, 2)
-
-
-async def test_after_a_broken_stream_the_latest_state_is_reported_again(house: House, client: Client) -> None:
-    house.work(unit())
-
-    async def breaks(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
-        async for batch in batches:
-            yield session_pb2.ReportStreamResponse(batch=batch.batch, taken=1)
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
-
-    house.on(REPORT, breaks, House.report())
-
-    async def body(job: Job) -> None:
-        job.progress(5)
-        await house.came(REPORT, 2)
-        await job.succeed()
-
-    await run(client, body)
-    assert [batch.updates[0].current_page for batch in house.calls[REPORT][:2]] == [5, 5]
-
-
-async def test_a_session_that_is_refused_is_not_followed_and_the_work_goes_on(house: House, client: Client) -> None:
-    house.work(unit())
-    house.on(START, refusal("SESSION_LIMIT_REACHED"))
-
-    async def body(job: Job) -> None:
-        job.progress(1)
-        await house.came(START)
-        await job.succeed()
-
-    await run(client, body)
-    assert len(house.results()) == 1
-    assert not house.calls[REPORT]
 
 
 async def test_a_bundle_is_loaded_restored_changed_and_saved(house: House, client: Client, tmp_path: Path) -> None:
