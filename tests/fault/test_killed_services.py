@@ -77,7 +77,7 @@ async def test_nothing_acknowledged_is_lost_or_counted_twice(suite: Suite) -> No
     print(f"{history.operations} operations, {sum(history.kills.values())} kills: {dict(history.kills)}")
     print(f"{len(history.leased)} leases, {len(history.submitted)} results, refused: {dict(history.refused)}")
     assert history.kills.total() >= 3
-    assert len(history.submitted) > 20
+    assert len(history.submitted) > 10
 
 
 def _client(suite: Suite) -> muster.Client:

@@ -221,6 +221,22 @@ async def test_while_the_allocator_is_away_the_same_demand_is_made_again(house: 
     assert len(house.results()) == 1
 
 
+async def test_a_demand_whose_leases_ended_meanwhile_is_made_anew(house: House, client: Client) -> None:
+    # The allocator was away for longer than a lease lasts: what the lost answer held has run out.
+    house.on(
+        ALLOCATE,
+        *[Status(grpc.StatusCode.UNAVAILABLE)] * 2,
+        refusal("REQUEST_ID_REUSED"),
+        work_pb2.AllocateWorkResponse(allocations=[unit()]),
+        House.none(),
+    )
+    await run(client, lambda job: job.succeed())
+    ids = [request.request_id for request in house.calls[ALLOCATE]]
+    assert len(set(ids[:3])) == 1
+    assert ids[3] != ids[0]
+    assert len(house.results()) == 1
+
+
 async def test_a_wrong_key_ends_the_loop_with_the_reason(house: House, client: Client) -> None:
     house.on(ALLOCATE, refusal("INVALID_API_KEY"))
     with pytest.raises(errors.Unauthenticated):
