@@ -116,9 +116,11 @@ class Command:
 
     def family(self) -> list[psutil.Process]:
         """Returns what it has started and this was called for; each is remembered, to be found after its death."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                self._seen.setdefault(child.pid, child)
+        # Once it has ended, its process id may be somebody else's, whose children are none of ours.
+        if self.process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(self.process.pid).children(recursive=True):
+                    self._seen.setdefault(child.pid, child)
         return list(self._seen.values())
 
     def press_ctrl_c(self) -> None:
