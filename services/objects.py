@@ -20,7 +20,10 @@ from urllib.parse import urlsplit
 
 import minio
 import obstore
+import structlog
 import urllib3
+from minio.commonconfig import ENABLED, Filter
+from minio.lifecycleconfig import AbortIncompleteMultipartUpload, LifecycleConfig, Rule
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, S3Store
 from pydantic import Field, SecretStr, model_validator
@@ -30,6 +33,10 @@ from services.config import Section, read_secret
 from services.errors import DomainError, StartupError
 
 _RETRY_AFTER_SECONDS = 2.0
+# Longer than any upload takes, shorter than anybody minds.
+_ABANDONED_DAYS = 7
+
+_log = structlog.get_logger("objects")
 
 
 class ObjectStoreUnavailable(DomainError):
@@ -217,6 +224,7 @@ def _open_s3(config: ObjectStoreConfig) -> ObjectStore:
     )
     if not client.bucket_exists(config.bucket):
         client.make_bucket(config.bucket)
+        _expire_abandoned_uploads(client, config.bucket)
     store = S3Store(
         config.bucket,
         prefix=config.prefix or None,
@@ -229,6 +237,23 @@ def _open_s3(config: ObjectStoreConfig) -> ObjectStore:
         retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=config.timeout_seconds)},
     )
     return ObjectStore(store, None, f"{config.endpoint}/{config.bucket}/{config.prefix}".rstrip("/"))
+
+
+def _expire_abandoned_uploads(client: minio.Minio, bucket: str) -> None:
+    """Lets the server drop the parts of uploads that were never finished, which no listing shows and somebody pays for.
+
+    Only on a bucket made here: another's rules are its operator's. A server without lifecycles does without.
+    """
+    rule = Rule(
+        ENABLED,
+        rule_filter=Filter(prefix=""),
+        rule_id="abandoned-uploads",
+        abort_incomplete_multipart_upload=AbortIncompleteMultipartUpload(days_after_initiation=_ABANDONED_DAYS),
+    )
+    try:
+        client.set_bucket_lifecycle(bucket, LifecycleConfig([rule]))
+    except minio.error.MinioException as error:
+        _log.warning("the object store takes no lifecycle rule", bucket=bucket, error=_first_line(error))
 
 
 def _sync(folder: Path, key: str) -> None:

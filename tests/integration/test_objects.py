@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from minio.error import InvalidResponseError, S3Error
 
 from services.errors import StartupError
 from services.objects import ObjectStore, ObjectStoreConfig, ObjectStoreUnavailable
@@ -39,6 +40,26 @@ def s3_config(server: S3Server, bucket: str, **more: object) -> ObjectStoreConfi
             **more,
         }
     )
+
+
+async def test_a_bucket_made_here_drops_abandoned_uploads(s3_server: S3Server) -> None:
+    with make_bucket(s3_server, "lifecycle") as given:
+        client = s3_server.client()
+        made = f"{given}-made"
+        try:
+            await ObjectStore.open(s3_config(s3_server, made))
+            await ObjectStore.open(s3_config(s3_server, given))
+            try:
+                found = client.get_bucket_lifecycle(made)
+            except (InvalidResponseError, S3Error, ValueError):
+                pytest.skip(f"{s3_server.kind} knows no lifecycles")
+            assert found is not None
+            [rule] = found.rules
+            assert rule.abort_incomplete_multipart_upload is not None
+            assert rule.abort_incomplete_multipart_upload.days_after_initiation == 7
+            assert client.get_bucket_lifecycle(given) is None
+        finally:
+            client.remove_bucket(made)
 
 
 async def everything(store: ObjectStore, prefix: str = "") -> dict[str, int]:
