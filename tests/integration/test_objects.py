@@ -10,7 +10,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from minio.error import InvalidResponseError, S3Error
 
 from services.errors import StartupError
 from services.objects import ObjectStore, ObjectStoreConfig, ObjectStoreUnavailable
@@ -49,10 +48,9 @@ async def test_a_bucket_made_here_drops_abandoned_uploads(s3_server: S3Server) -
         try:
             await ObjectStore.open(s3_config(s3_server, made))
             await ObjectStore.open(s3_config(s3_server, given))
-            try:
-                found = client.get_bucket_lifecycle(made)
-            except (InvalidResponseError, S3Error, ValueError):
-                pytest.skip(f"{s3_server.kind} knows no lifecycles")
+            if s3_server.kind.startswith("rclone"):
+                pytest.skip("rclone serve s3 knows no lifecycles; the store was opened all the same")
+            found = client.get_bucket_lifecycle(made)
             assert found is not None
             [rule] = found.rules
             assert rule.abort_incomplete_multipart_upload is not None
