@@ -39,7 +39,7 @@ class Spool:
         self._announced = announced
         self._hash, self._size = hashlib.sha256(), 0
         try:
-            self._file = await asyncio.to_thread(self._path(announced).open, "wb")
+            self._open(self._path(announced))
         except OSError as error:
             raise _refused(error) from error
 
@@ -83,6 +83,10 @@ class Spool:
         if self._file is not None:
             self._file.close()
 
+    def _open(self, path: Path) -> None:
+        # Not in a thread: it takes microseconds, and a wait that is cancelled would leave the open file to nobody.
+        self._file = path.open("wb")
+
     def _path(self, announced: Digest) -> Path:
         return self._folder / str(announced.kind.number)
 
@@ -95,7 +99,8 @@ async def spool() -> AsyncIterator[Spool]:
         ObjectStoreUnavailable: the disk has no room for it.
     """
     try:
-        folder = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="muster-save-", ignore_cleanup_errors=True)
+        # Not in a thread, as in Spool._open.
+        folder = tempfile.TemporaryDirectory(prefix="muster-save-", ignore_cleanup_errors=True)
     except OSError as error:
         raise _refused(error) from error
     spooled = Spool(Path(folder.name))
