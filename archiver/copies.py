@@ -30,7 +30,6 @@ from archiver.tables import SQL
 ROW_GROUP_ROWS = 100_000
 ROW_GROUP_BYTES = 64 * 2**20
 _BLOOM_FALSE_POSITIVES = 0.01
-_HASH_CHUNK_BYTES = 2**20
 
 
 class Interrupted(Exception):

@@ -59,7 +59,6 @@ class Chassis(Generic[Config]):
         self._failed: BaseException | None = None
         self._services: list[str] = []
         self._authenticator: Authenticator | None = None
-        self._identity: Database | None = None
         limit = config.grpc.max_message_bytes
         self._server = grpc.aio.server(
             options=(
@@ -145,15 +144,11 @@ class Chassis(Generic[Config]):
             StartupError: a part cannot be used; everything opened until then is closed.
         """
         try:
-            identity = self.config.identity
-            if not (identity.dsn.get_secret_value() or identity.dsn_file):
-                identity = identity.model_copy(
-                    update={"dsn": self.config.postgres.dsn, "dsn_file": self.config.postgres.dsn_file}
-                )
+            identity = self.config.identity_database()
             await self._refuse_pending("identity", identity)
-            self._identity = await Database.connect(identity, f"{self.name} identity")
-            self.on_close("identity", self._identity.close)
-            self._authenticator = Authenticator(KeyStore(self._identity))
+            keys = await Database.connect(identity, f"{self.name} identity")
+            self.on_close("identity", keys.close)
+            self._authenticator = Authenticator(KeyStore(keys))
             await bind(self, self.config)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
             if self.config.grpc.reflection:

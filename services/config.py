@@ -121,6 +121,12 @@ class ServiceConfig(BaseSettings):
     log: LogConfig = LogConfig()
     event_loop: Literal["uvloop", "asyncio"] = "uvloop"
 
+    def identity_database(self) -> PostgresConfig:
+        """Returns where organizations and API keys stand: `identity`, or the service's own when it names none."""
+        if self.identity.dsn.get_secret_value() or self.identity.dsn_file:
+            return self.identity
+        return self.identity.model_copy(update={"dsn": self.postgres.dsn, "dsn_file": self.postgres.dsn_file})
+
 
 Config = TypeVar("Config", bound=ServiceConfig)
 

@@ -110,3 +110,8 @@ class MethodUnknown(DomainError):
 
 class StartupError(Exception):
     """The process cannot start as it is set up. Its one-line message names the cause and the mend; exit code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what an exception says, as one line for an operator: its first line, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

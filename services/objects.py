@@ -30,7 +30,7 @@ from pydantic import Field, SecretStr, model_validator
 from urllib3.exceptions import HTTPError
 
 from services.config import Section, read_secret
-from services.errors import DomainError, StartupError
+from services.errors import DomainError, StartupError, first_line
 
 _RETRY_AFTER_SECONDS = 2.0
 # Longer than any upload takes, shorter than anybody minds.
@@ -107,7 +107,7 @@ class ObjectStore:
         except (BaseError, OSError, HTTPError, minio.error.MinioException, ValueError) as error:
             where = config.folder if config.engine == "local" else f"{config.endpoint}/{config.bucket}"
             raise StartupError(
-                f"the object store {where} cannot be used ({_first_line(error)}): correct objects.*, or mend the store"
+                f"the object store {where} cannot be used ({_said(error)}): correct objects.*, or mend the store"
             ) from None
         except ObjectStoreUnavailable as error:
             raise StartupError(f"{error.message}: correct objects.*, or mend the store") from None
@@ -198,7 +198,8 @@ class ObjectStore:
 
     def _unavailable(self, error: Exception) -> ObjectStoreUnavailable:
         return ObjectStoreUnavailable(
-            f"the object store does not do its part ({_first_line(error)})", retry_after_seconds=_RETRY_AFTER_SECONDS
+            f"the object store does not do its part ({_said(error)})",
+            retry_after_seconds=_RETRY_AFTER_SECONDS,
         )
 
 
@@ -253,7 +254,7 @@ def _expire_abandoned_uploads(client: minio.Minio, bucket: str) -> None:
     try:
         client.set_bucket_lifecycle(bucket, LifecycleConfig([rule]))
     except minio.error.MinioException as error:
-        _log.warning("the object store takes no lifecycle rule", bucket=bucket, error=_first_line(error))
+        _log.warning("the object store takes no lifecycle rule", bucket=bucket, error=_said(error))
 
 
 def _sync(folder: Path, key: str) -> None:
@@ -275,6 +276,6 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+def _said(error: Exception) -> str:
+    # An S3 server may answer with a whole page on one line.
+    return first_line(error)[:300]

@@ -14,7 +14,7 @@ from prometheus_client import Gauge
 
 from services.call import current
 from services.config import PostgresConfig
-from services.errors import DatabaseUnavailable, DomainError, StartupError
+from services.errors import DatabaseUnavailable, DomainError, StartupError, first_line
 
 POOL_CONNECTIONS = Gauge("muster_postgres_connections", "Connections of the pool.", ["database", "state"])
 
@@ -100,7 +100,7 @@ class Database:
                 await connection.fetchval("SELECT 1")
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
             raise StartupError(
-                f"the database of {name} does not answer ({_first_line(error)}): start it, or correct postgres.dsn"
+                f"the database of {name} does not answer ({first_line(error)}): start it, or correct postgres.dsn"
             ) from None
         return cls(pool, name)
 
@@ -175,8 +175,3 @@ def _budget() -> float:
         return current().remaining_seconds()
     except LookupError:
         return 30.0
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from services.call import Role
 from services.cli.run import config_option, load_service
-from services.config import PostgresConfig
 from services.errors import DomainError
 from services.identity.keys import KeyStore
 from services.postgres import Database
@@ -75,12 +74,9 @@ def revoke(key_id: UUID, config_file: Path | None) -> None:
 
 def _with_store(config_file: Path | None, work: Callable[[KeyStore], Awaitable[Result]]) -> Result:
     config, _ = load_service("allocator", config_file)
-    identity = config.identity
-    if not (identity.dsn.get_secret_value() or identity.dsn_file):
-        identity = PostgresConfig(dsn=config.postgres.dsn, dsn_file=config.postgres.dsn_file)
 
     async def run() -> Result:
-        database = await Database.connect(identity, "muster key")
+        database = await Database.connect(config.identity_database(), "muster key")
         try:
             return await work(KeyStore(database))
         finally:

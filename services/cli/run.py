@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from services import chassis
-from services.config import PostgresConfig, ServiceConfig, load
+from services.config import ServiceConfig, load
 from services.errors import StartupError
 from services.migrations import IDENTITY, SCHEMAS
 from services.migrations import migrate as migrate_schema
@@ -62,15 +62,11 @@ def migrate(services: tuple[str, ...], config_file: Path | None) -> None:
     done: set[str] = set()
     for name in names or SERVICES:
         config, _ = load_service(name, config_file)
-        identity = config.identity if _is_named(config.identity) else config.postgres
-        if identity.resolved_dsn() not in done:
-            done.add(identity.resolved_dsn())
-            _report(IDENTITY.name, migrate_schema(IDENTITY, identity.resolved_dsn()))
+        identity = config.identity_database().resolved_dsn()
+        if identity not in done:
+            done.add(identity)
+            _report(IDENTITY.name, migrate_schema(IDENTITY, identity))
         _report(name, migrate_schema(SCHEMAS[name], config.postgres.resolved_dsn()))
-
-
-def _is_named(config: PostgresConfig) -> bool:
-    return bool(config.dsn.get_secret_value() or config.dsn_file)
 
 
 def _report(schema: str, applied: list[str]) -> None:

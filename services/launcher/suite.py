@@ -35,7 +35,7 @@ from pydantic import SecretStr
 
 from services.call import Role
 from services.config import PostgresConfig, read_secret
-from services.errors import DomainError
+from services.errors import DomainError, first_line
 from services.identity.keys import KeyStore
 from services.launcher.errors import LauncherError
 from services.launcher.postgres import EmbeddedPostgres
@@ -161,7 +161,7 @@ class Suite:
         except (psycopg.Error, DomainError) as error:
             await self.stop()
             raise LauncherError(
-                f"the embedded PostgreSQL does not serve: {_first_line(error)}", f"see {self._postgres.log}"
+                f"the embedded PostgreSQL does not serve: {first_line(error)}", f"see {self._postgres.log}"
             ) from error
         except BaseException:
             await self.stop()
@@ -433,10 +433,6 @@ def _open_log(path: Path) -> BinaryIO:
         path.replace(path.with_name(path.name + ".1"))
     # Unbuffered: a line is in the file when it is written, and a failed write leaves nothing behind that fails again.
     return path.open("ab", buffering=0)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _toml(text: str) -> str:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.launcher.errors import LauncherError
-from services.launcher.guard import guarded_argv as guarded_argv  # part of this module's face, as before
+from services.launcher.guard import guarded_argv
 
 BAD_START_CODE = 2
 """Exit code of a child that cannot start as configured. At its first start that is final: the next would fail alike.

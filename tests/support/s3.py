@@ -26,7 +26,7 @@ import pytest
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 from obstore.store import S3Store
 
-from services.launcher.supervisor import guarded_argv
+from services.launcher.guard import guarded_argv
 from tests.support import docker_answers
 
 _REGION = "us-east-1"
