@@ -89,3 +89,40 @@ class StaleVersion(DomainError):
 
     def __init__(self, slot_id: UUID, etag: str) -> None:
         super().__init__("the slot changed since it was read: read it again", slot_id=str(slot_id), etag=etag)
+
+
+class TargetNotFound(DomainError):
+    """Nothing is known of the target in the organization."""
+
+    reason = "TARGET_NOT_FOUND"
+
+    def __init__(self, target: str) -> None:
+        super().__init__(f"nothing is known of the target {target!r}", target=target)
+
+
+class ClientNotFound(DomainError):
+    """No such client, or instance, in the organization."""
+
+    reason = "CLIENT_NOT_FOUND"
+
+    def __init__(self, client_id: str, instance_number: int | None = None) -> None:
+        name = client_id if instance_number is None else f"{client_id} instance {instance_number}"
+        super().__init__(f"there is no client {name}", client_id=client_id)
+
+
+class QuarantinedResultNotFound(DomainError):
+    """No result of the allocation is in quarantine."""
+
+    reason = "QUARANTINED_RESULT_NOT_FOUND"
+
+    def __init__(self, key: UUID) -> None:
+        super().__init__(f"no result of {key} is in quarantine", allocation_key=str(key))
+
+
+class SlotDayNotFound(DomainError):
+    """The slot has no counters on that day."""
+
+    reason = "SLOT_DAY_NOT_FOUND"
+
+    def __init__(self, slot_id: UUID, day: str) -> None:
+        super().__init__(f"slot {slot_id} has no counters on {day}", slot_id=str(slot_id), work_date=day)

@@ -91,7 +91,7 @@ class LeaseStore(Store):
                 if (lease := held.get(name.key)) and lease.lease_token == name.token and lease.is_live
             }
             ended = await _ended(connection, organization_id, [name.key for name in names if name.key not in held])
-            await _give_back(connection, organization_id, [held[name.key] for name in released], Status.RELEASED)
+            await give_back(connection, organization_id, [held[name.key] for name in released], Status.RELEASED)
             return released, _either(held, ended)
 
         return await self.atomically(work)
@@ -103,7 +103,7 @@ class LeaseStore(Store):
             rows = await connection.fetch(_SQL["leases_of_instance"], organization_id, client_id, instance_number)
             held = await lock_leases(connection, organization_id, [row["allocation_key"] for row in rows])
             live = [lease for lease in held.values() if lease.is_live]
-            await _give_back(connection, organization_id, live, Status.RELEASED)
+            await give_back(connection, organization_id, live, Status.RELEASED)
             return len(live)
 
         return await self.atomically(work)
@@ -148,7 +148,7 @@ class LeaseStore(Store):
         async def work(connection: Connection) -> int:
             await connection.execute(_SQL["postpone_sweep"], organization_id, at_most)
             rows = await connection.fetch(_SQL["lock_expired"], organization_id, at_most)
-            await _give_back(connection, organization_id, [HeldLease(**row) for row in rows], Status.EXPIRED)
+            await give_back(connection, organization_id, [HeldLease(**row) for row in rows], Status.EXPIRED)
             return len(rows)
 
         return await self.atomically(work)
@@ -199,7 +199,7 @@ async def count_ends(connection: Connection, organization_id: UUID, moves: dict[
     await connection.execute(_SQL["count_ends"], organization_id, *columns)
 
 
-async def _give_back(
+async def give_back(
     connection: Connection, organization_id: UUID, leases: Sequence[HeldLease], status: Status
 ) -> None:
     """Ends locked leases without a result: the quota and the exit's use return, the persona was not used."""

@@ -26,6 +26,7 @@ TABLES: dict[str, Interval] = {
     "work_results": Interval.MONTH,
     "product_results": Interval.MONTH,
     "client_activity_logs": Interval.WEEK,
+    "audit_log": Interval.MONTH,
 }
 # Three intervals ahead outlast any pause of the service short of weeks; one behind serves organizations whose day
 # began before UTC's did, and leases that straddle the turn.

@@ -119,8 +119,7 @@ class SlotStore(Store):
             if spec.end_date < spec.start_date:
                 raise InvalidField([FieldViolation("spec.end_date", "must not be before start_date")])
             await connection.execute(_SQL["update_slot"], organization_id, slot_id, *_values(spec))
-            if spec.daily_quota != slot.spec.daily_quota:
-                await connection.execute(_SQL["update_quota_today"], organization_id, slot_id, spec.daily_quota)
+            await connection.execute(_SQL["follow_slots"], organization_id, [slot_id])
             await connection.execute(
                 _SQL["insert_change"], organization_id, slot_id, uuids.uuid7(), actor, reason, difference
             )

@@ -21,19 +21,10 @@ SELECT exit_id, region, cap, use_count FROM exits_now($1) WHERE enabled AND room
 SELECT client_id FROM clients WHERE organization_id = $1 AND draining;
 
 -- name: ensure_tracking
--- Makes today's rows of slots that have none. FOR SHARE waits for an update of the slot, so that its quota is not the
--- old one. $1 organization, $2 slot ids, or NULL for all that are eligible. Index: primary keys.
-INSERT INTO daily_work_tracking (organization_id, work_date, slot_id, quota)
-SELECT s.organization_id, (now() AT TIME ZONE o.time_zone)::date, s.slot_id, s.daily_quota
-FROM organizations o JOIN work_slots s USING (organization_id)
-WHERE o.organization_id = $1 AND ($2::uuid[] IS NULL OR s.slot_id = ANY ($2)) AND s.is_active
-  AND (now() AT TIME ZONE o.time_zone)::date BETWEEN s.start_date AND s.end_date
-  AND NOT EXISTS (SELECT FROM daily_work_tracking t WHERE t.organization_id = $1
-    AND t.work_date = (SELECT (now() AT TIME ZONE time_zone)::date FROM organizations WHERE organization_id = $1)
-    AND t.slot_id = s.slot_id)
-ORDER BY s.slot_id
-FOR SHARE OF s
-ON CONFLICT (organization_id, work_date, slot_id) DO NOTHING;
+-- Makes today's rows of slots that have none. $1 organization, $2 slot ids, or NULL for all. Index: primary keys.
+SELECT track_slots($1, (now() AT TIME ZONE o.time_zone)::date, coalesce($2::uuid[],
+  ARRAY(SELECT s.slot_id FROM work_slots s WHERE s.organization_id = $1 AND s.is_active)))
+FROM organizations o WHERE o.organization_id = $1;
 
 -- name: claim_requests
 -- Claims request ids and returns the fresh ones; waits while another transaction holds one. $1 organization, $2 ids in

@@ -5,9 +5,10 @@
 -- $4 keywords, $5 codes, $6 targets, $7 first days, $8 last days, $9 quotas, $10 settings, $11 active, $12 priorities,
 -- $13 weights, $14 without exit, $15 persona needs, $16 digests. Index: work_slots_external_id.
 INSERT INTO work_slots (slot_id, organization_id, external_id, keyword, code, target, start_date, end_date, daily_quota,
-  settings, is_active, priority, weight, without_exit, persona_need, spec_sha256)
+  settings, is_active, priority, weight, without_exit, persona_need, spec_sha256, class_id)
 SELECT slot_id, $1, external_id, keyword, code, target, start_date, end_date, daily_quota, settings::json, is_active,
-  priority, weight, without_exit, persona_need, spec_sha256
+  priority, weight, without_exit, persona_need, spec_sha256,
+  class_of($1, target, priority, without_exit, '', '', persona_need)
 FROM unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::date[], $8::date[], $9::integer[],
   $10::text[], $11::boolean[], $12::integer[], $13::integer[], $14::boolean[], $15::text[], $16::bytea[])
   AS u (slot_id, external_id, keyword, code, target, start_date, end_date, daily_quota, settings, is_active, priority,
@@ -47,15 +48,13 @@ SELECT slot_id FROM work_slots WHERE organization_id = $1 AND slot_id = $2 FOR U
 -- $10 active, $11 priority, $12 weight, $13 without exit, $14 persona need. Index: primary key.
 UPDATE work_slots SET keyword = $3, code = $4, target = $5, start_date = $6, end_date = $7, daily_quota = $8,
   settings = $9, is_active = $10, priority = $11, weight = $12, without_exit = $13, persona_need = $14,
+  class_id = class_of($1, $5, $11, $13, '', '', $14),
   version = version + 1, updated_at = now()
 WHERE organization_id = $1 AND slot_id = $2;
 
--- name: update_quota_today
--- Today's quota follows, but never falls below the units that count against it already. $1 organization, $2 slot,
--- $3 quota. Index: primary key.
-UPDATE daily_work_tracking SET quota = greatest($3, allocated - expired - released)
-WHERE organization_id = $1 AND slot_id = $2 AND work_date =
-  (SELECT (now() AT TIME ZONE time_zone)::date FROM organizations WHERE organization_id = $1);
+-- name: follow_slots
+-- Makes today's rows follow their slots. $1 organization, $2 slots. Index: primary keys.
+SELECT track_slots($1, (now() AT TIME ZONE time_zone)::date, $2::uuid[]) FROM organizations WHERE organization_id = $1;
 
 -- name: insert_change
 -- $1 organization, $2 slot, $3 change id, $4 actor, $5 reason, $6 difference.
