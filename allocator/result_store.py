@@ -3,48 +3,73 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from allocator.errors import AllocationNotFound, LeaseLost, LeaseTokenMismatch
-from allocator.lease_store import Counts, Day, count_ends, end_leases, lock_ended, lock_leases, lock_tracking
-from allocator.leases import EndedAllocation, Ending, HeldLease, Status
-from allocator.results import Acknowledgement, Answer, Disposition, Submission
+from allocator.lease_store import Counts, Day, count_ends, lock_tracking
+from allocator.leases import Status, work_dates
+from allocator.results import Acknowledgement, Answer, Disposition, Recorded, Submission
 from allocator.store import Store
+from allocator.target_store import react
+from allocator.targets import BackOff, News, target_name
 from services.errors import DomainError
 from services.postgres import queries
 
 if TYPE_CHECKING:
-    from services.postgres import Connection
+    import asyncpg
+
+    from allocator.clients import ClientIdentity
+    from allocator.exit_health import ExitHealth, Fault, Pair
+    from allocator.partitions import Partitions
+    from services.postgres import Connection, Database
 
 _SQL = queries("allocator", "results.sql")
 
 
+class _NotPlainError(Exception):
+    """A batch has more to it than leases that end; it was rolled back."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """A result that is kept, and the allocation it belongs to."""
+    """A result that is kept, and the row of the lease, or of the allocation that has ended, it belongs to."""
 
     submission: Submission
-    allocation: HeldLease | EndedAllocation
-    disposition: Disposition
+    row: asyncpg.Record
 
     @property
     def day(self) -> Day:
-        return self.allocation.work_date, self.allocation.slot_id
+        return self.row["work_date"], self.row["slot_id"]
 
 
 class ResultStore(Store):
-    """Keeps results."""
+    """Keeps results.
 
-    async def submit(self, organization_id: UUID, submissions: Sequence[Submission]) -> list[Answer]:
+    Args:
+        database: The allocator's database.
+        partitions: Makes a partition that is found missing.
+        back_off: When a target is left alone.
+        health: Is told how exits served.
+    """
+
+    def __init__(self, database: Database, partitions: Partitions, back_off: BackOff, health: ExitHealth) -> None:
+        super().__init__(database, partitions)
+        self._back_off = back_off
+        self._health = health
+
+    async def submit(self, organization_id: UUID, submissions: Sequence[Submission]) -> Recorded:
         """Records results, all in one transaction, and answers each.
 
         A result on record already is answered as the first time and changes nothing. A lease that ran out but was not
         swept still counts against its quota, so there is room for its result. One that was swept is readmitted if its
         day has room for it; its exit's use was given back and is not taken again, since the cap may be reached.
+
+        Nearly every batch tells nothing of targets and comes for leases that stand. Such a one is recorded by one
+        statement. If that meets anything else, it is rolled back and the batch is taken apart.
 
         Args:
             organization_id: The tenant.
@@ -53,177 +78,255 @@ class ResultStore(Store):
         Raises:
             DatabaseUnavailable: nothing was recorded, or the answer of the commit was lost.
         """
+        ordered = sorted(submissions, key=_key)
 
-        async def work(connection: Connection) -> list[Answer]:
-            return await _submit(connection, organization_id, submissions)
+        async def plainly(connection: Connection) -> Recorded:
+            answers: dict[UUID, Answer] = {}
+            if not await self._record(connection, organization_id, ordered, [], answers):
+                raise _NotPlainError
+            return Recorded([answers[submission.name.key] for submission in submissions], [])
 
-        return await self.atomically(work)
+        async def apart(connection: Connection) -> Recorded:
+            return await self._take_apart(connection, organization_id, submissions, ordered)
+
+        if any(map(_speaks, submissions)):
+            return await self.atomically(apart)
+        try:
+            return await self.atomically(plainly)
+        except _NotPlainError:
+            return await self.atomically(apart)
+
+    async def _record(
+        self,
+        connection: Connection,
+        organization_id: UUID,
+        submissions: Sequence[Submission],
+        faults: Sequence[Fault],
+        answers: dict[UUID, Answer],
+    ) -> bool:
+        """Ends leases by their results, in key order; returns whether all stood and none is a target's probe."""
+        row = await connection.fetchrow(_SQL["record_results"], organization_id, *_arguments(submissions))
+        assert row is not None
+        at, late = row["recorded_at"], set(row["late"])
+        await _insert_products(connection, organization_id, at, submissions)
+        good: list[Pair] = [(exit_id, target) for exit_id, target in row["served_well"]]
+        if faults or good:
+            await self._health.report(connection, organization_id, faults, good)
+        in_time = Acknowledgement(Disposition.RECORDED, at)
+        for submission in submissions:
+            answers[submission.name.key] = in_time
+        for key in late:
+            answers[key] = Acknowledgement(Disposition.RECORDED_LATE, at)
+        return row["recorded"] == len(submissions) and not row["has_probe"]
+
+    async def _take_apart(
+        self,
+        connection: Connection,
+        organization_id: UUID,
+        submissions: Sequence[Submission],
+        ordered: Sequence[Submission],
+    ) -> Recorded:
+        """Records results of which some may be late, repeated or refused, or tell of targets."""
+        keys = [submission.name.key for submission in ordered]
+        rows = await connection.fetch(_SQL["lock_submitted"], organization_id, keys)
+        held = {row["allocation_key"]: row for row in rows}
+        ended: dict[UUID, asyncpg.Record] = {}
+        if len(held) < len(keys):
+            others = [key for key in keys if key not in held]
+            rows = await connection.fetch(_SQL["lock_late"], organization_id, others, work_dates(others))
+            ended = {row["allocation_key"]: row for row in rows}
+        answers: dict[UUID, Answer] = {}
+        standing: list[_Taken] = []
+        late: list[_Taken] = []
+        for submission in ordered:
+            key = submission.name.key
+            row = held.get(key) or ended.get(key)
+            answer = _settled(submission, row, has_ended=key in ended)
+            if answer is not None:
+                answers[key] = answer
+            elif row is not None:
+                (late if key in ended else standing).append(_Taken(submission, row))
+        turns = await react(connection, organization_id, _news((*standing, *late)), self._back_off)
+        room: dict[Day, int] = {}
+        if late:
+            room = await lock_tracking(connection, organization_id, [result.day for result in (*standing, *late)])
+        if standing:
+            ending = [result.submission for result in standing]
+            await self._record(connection, organization_id, ending, _faults(standing), answers)
+        if late:
+            await _record_late(connection, organization_id, late, room, answers)
+        return Recorded([answers[submission.name.key] for submission in submissions], turns)
 
 
-async def _submit(connection: Connection, organization_id: UUID, submissions: Sequence[Submission]) -> list[Answer]:
-    keys = [submission.name.key for submission in submissions]
-    held = await lock_leases(connection, organization_id, keys)
-    ended = await lock_ended(connection, organization_id, [key for key in keys if key not in held])
-    answers: dict[UUID, Answer] = {}
-    in_time: list[_Taken] = []
-    late: list[_Taken] = []
-    for submission in submissions:
-        name = submission.name
-        answer = _settled(submission, held.get(name.key), ended.get(name.key))
-        if answer is not None:
-            answers[name.key] = answer
-        elif (lease := held.get(name.key)) is not None:
-            disposition = Disposition.RECORDED if lease.is_live else Disposition.RECORDED_LATE
-            in_time.append(_Taken(submission, lease, disposition))
-        else:
-            late.append(_Taken(submission, ended[name.key], Disposition.RECORDED_LATE))
-    if in_time or late:
-        recorded_at, taken = await _keep(connection, organization_id, in_time, late)
-        for result in taken:
-            answers[result.submission.name.key] = Acknowledgement(result.disposition, recorded_at)
-    return [answers[key] for key in keys]
+def _key(submission: Submission) -> UUID:
+    return submission.name.key
 
 
-def _settled(submission: Submission, lease: HeldLease | None, ended: EndedAllocation | None) -> Answer | None:
+def _speaks(submission: Submission) -> bool:
+    """Whether a result tells of its target or exit."""
+    return (
+        submission.status is Status.BLOCKED
+        or submission.exit_signal is not None
+        or submission.retry_after_ms is not None
+        or submission.crawl_delay_ms is not None
+    )
+
+
+def _settled(submission: Submission, row: asyncpg.Record | None, *, has_ended: bool) -> Answer | None:
     """Returns the answer to a result that changes nothing; None when it is to be kept."""
     name = submission.name
-    found = lease or ended
     refusal: DomainError | None = None
-    if found is None:
+    if row is None:
         refusal = AllocationNotFound(name.key)
-    elif found.lease_token != name.token:
+    elif row["lease_token"] != name.token:
         refusal = LeaseTokenMismatch(name.key)
-    elif ended is not None and ended.recorded_at is not None:
-        disposition = Disposition.QUARANTINED if ended.quarantined else Disposition(1 + ended.late)
-        return Acknowledgement(disposition, ended.recorded_at, repeated=True)
-    elif ended is not None and ended.status == Status.RELEASED:
+    elif has_ended and row["recorded_at"] is not None:
+        return Acknowledgement(_first_disposition(row), row["recorded_at"], repeated=True)
+    elif has_ended and row["status"] == Status.RELEASED:
         refusal = LeaseLost(name.key, "released")
     return refusal
 
 
-async def _keep(
-    connection: Connection, organization_id: UUID, in_time: list[_Taken], late: list[_Taken]
-) -> tuple[datetime, list[_Taken]]:
+def _first_disposition(row: asyncpg.Record) -> Disposition:
+    if row["was_kept"]:
+        return Disposition.QUARANTINED
+    return Disposition.RECORDED_LATE if row["late"] else Disposition.RECORDED
+
+
+def _news(taken: Iterable[_Taken]) -> dict[str, News]:
+    """Returns what the results say, by target."""
+    news: dict[str, News] = {}
+    for result in taken:
+        submission, row = result.submission, result.row
+        target = target_name(row["target"], row["slot_id"])
+        heard = news.get(target)
+        if heard is None:
+            heard = news[target] = News(None if row["target"] else row["slot_id"])
+        heard.results += 1
+        if submission.status is Status.BLOCKED:
+            heard.blocked += 1
+        if submission.retry_after_ms:
+            heard.retry_after_ms = max(heard.retry_after_ms or 0, submission.retry_after_ms)
+        if submission.crawl_delay_ms is not None:
+            heard.crawl_delay_ms = submission.crawl_delay_ms
+        if row["is_probe"]:
+            heard.probe_key = submission.name.key
+            heard.probe_blocked = submission.status is Status.BLOCKED
+    return news
+
+
+def _faults(taken: Iterable[_Taken]) -> list[Fault]:
+    """Returns what the results say of pooled exits."""
+    return [
+        (result.row["exit_id"], result.row["target"], result.submission.exit_signal, result.submission.retry_after_ms)
+        for result in taken
+        if result.submission.exit_signal is not None and result.row["exit_id"] is not None
+    ]
+
+
+async def _record_late(
+    connection: Connection,
+    organization_id: UUID,
+    late: Sequence[_Taken],
+    room: dict[Day, int],
+    answers: dict[UUID, Answer],
+) -> None:
+    """Records the results of expired allocations while their days, locked, have room; keeps the others apart."""
     moves: dict[Day, Counts] = {}
-    for result in in_time:
-        moves.setdefault(result.day, Counts()).add(result.submission.status)
     readmitted: list[_Taken] = []
     quarantined: list[_Taken] = []
-    if late:
-        room = await lock_tracking(connection, organization_id, [result.day for result in (*in_time, *late)])
-        for result in late:
-            if room.get(result.day, 0) > 0:
-                room[result.day] -= 1
-                counts = moves.setdefault(result.day, Counts())
-                counts.add(result.submission.status)
-                counts.add(Status.EXPIRED, -1)
-                readmitted.append(result)
-            else:
-                quarantined.append(_Taken(result.submission, result.allocation, Disposition.QUARANTINED))
-    if moves:
-        await count_ends(connection, organization_id, moves)
-    recorded_at = await _end(connection, organization_id, in_time)
+    for result in late:
+        if room.get(result.day, 0) > 0:
+            room[result.day] -= 1
+            counts = moves.setdefault(result.day, Counts())
+            counts.add(result.submission.status)
+            counts.add(Status.EXPIRED, -1)
+            readmitted.append(result)
+        else:
+            quarantined.append(result)
     if readmitted:
-        await connection.execute(
-            _SQL["readmit_late"],
-            organization_id,
-            [result.allocation.work_date for result in readmitted],
-            [result.submission.name.key for result in readmitted],
-            [int(result.submission.status) for result in readmitted],
-            recorded_at,
-        )
+        await count_ends(connection, organization_id, moves)
+        kept = [result.submission for result in readmitted]
+        days = _array(result.row["work_date"] for result in readmitted)
+        at = await connection.fetchval(_SQL["readmit_late"], organization_id, *_arguments(kept), days)
+        await _insert_products(connection, organization_id, at, kept)
+        for result in readmitted:
+            answers[result.submission.name.key] = Acknowledgement(Disposition.RECORDED_LATE, at)
     if quarantined:
-        await connection.execute(
+        at = await connection.fetchval(
             _SQL["quarantine"],
             organization_id,
-            [result.allocation.work_date for result in quarantined],
+            [result.row["work_date"] for result in quarantined],
             [result.submission.name.key for result in quarantined],
-            [result.allocation.slot_id for result in quarantined],
+            [result.row["slot_id"] for result in quarantined],
             [result.submission.client.client_id for result in quarantined],
             [_whole(result.submission) for result in quarantined],
-            recorded_at,
         )
-    await _insert(connection, organization_id, recorded_at, in_time + readmitted, quarantined)
-    return recorded_at, in_time + readmitted + quarantined
+        for result in quarantined:
+            answers[result.submission.name.key] = Acknowledgement(Disposition.QUARANTINED, at)
 
 
-async def _end(connection: Connection, organization_id: UUID, in_time: list[_Taken]) -> datetime:
-    endings = [
-        Ending(
-            result.allocation,
-            result.submission.status,
-            late=result.disposition is Disposition.RECORDED_LATE,
-            use=result.submission.use,
-        )
-        for result in in_time
-        if isinstance(result.allocation, HeldLease)
-    ]
-    if endings:
-        return await end_leases(connection, organization_id, endings)
-    now: datetime = await connection.fetchval(_SQL["clock"])
-    return now
+def _arguments(submissions: Sequence[Submission]) -> tuple[Any, ...]:
+    """Returns the arguments of record_results from $2 on."""
+    speakers: dict[ClientIdentity, int] = {}
+    places = [speakers.setdefault(submission.client, len(speakers) + 1) for submission in submissions]
+    return (
+        _array(submission.name.key.hex for submission in submissions),
+        _array(submission.name.token.hex for submission in submissions),
+        _array(int(submission.status) for submission in submissions),
+        _array(submission.execution_time_ms for submission in submissions),
+        _array(places),
+        _texts([submission.block_type for submission in submissions]),
+        _texts([json.dumps(s.applied_settings) if s.applied_settings else "" for s in submissions]),
+        _texts([submission.exit_ip for submission in submissions]),
+        _numbers([submission.retry_after_ms for submission in submissions]),
+        _texts([submission.error_message for submission in submissions]),
+        _numbers([submission.persona_used or None for submission in submissions]),
+        _numbers([len(submission.products) or None for submission in submissions]),
+        _numbers([submission.exit_signal for submission in submissions]),
+        [client.client_id for client in speakers],
+        [client.client_ip for client in speakers],
+        [client.instance_number for client in speakers],
+        [client.user_folder_number for client in speakers],
+    )
 
 
-async def _insert(
-    connection: Connection, organization_id: UUID, at: datetime, counted: list[_Taken], quarantined: list[_Taken]
+def _array(values: Iterable[object]) -> str:
+    """Returns the text of an array whose elements need no quotes."""
+    return f"{{{','.join(map(str, values))}}}"
+
+
+def _numbers(values: Sequence[int | None]) -> str:
+    if not any(value is not None for value in values):
+        return "{}"
+    return _array("NULL" if value is None else int(value) for value in values)
+
+
+def _texts(values: Sequence[str]) -> str:
+    if not any(values):
+        return "{}"
+    quoted = ('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if value else "NULL" for value in values)
+    return f"{{{','.join(quoted)}}}"
+
+
+async def _insert_products(
+    connection: Connection, organization_id: UUID, at: datetime, submissions: Sequence[Submission]
 ) -> None:
-    if counted:
-        await connection.execute(_SQL["insert_results"], organization_id, at, *_columns(counted, _RESULT))
     found = [
-        (result, position, product) for result in counted for position, product in enumerate(result.submission.products)
+        (
+            submission.name.key,
+            position,
+            product.product_id,
+            product.title,
+            product.url,
+            product.rank,
+            json.dumps(product.attributes),
+        )
+        for submission in submissions
+        for position, product in enumerate(submission.products)
     ]
     if found:
-        await connection.execute(
-            _SQL["insert_products"],
-            organization_id,
-            at,
-            [result.submission.name.key for result, _, _ in found],
-            [position for _, position, _ in found],
-            [result.allocation.slot_id for result, _, _ in found],
-            [product.product_id for _, _, product in found],
-            [product.title for _, _, product in found],
-            [product.url for _, _, product in found],
-            [product.rank for _, _, product in found],
-            [json.dumps(product.attributes) for _, _, product in found],
-        )
-    await connection.execute(_SQL["insert_activity"], organization_id, at, *_columns(counted + quarantined, _ACTIVITY))
-
-
-def _columns(results: list[_Taken], fields: Sequence[Callable[[_Taken], Any]]) -> list[list[Any]]:
-    return [[value(result) for result in results] for value in fields]
-
-
-# In the order of the statement's arguments.
-_RESULT: tuple[Callable[[_Taken], Any], ...] = (
-    lambda result: result.submission.name.key,
-    lambda result: result.allocation.work_date,
-    lambda result: result.allocation.slot_id,
-    lambda result: result.allocation.exit_id,
-    lambda result: result.allocation.persona_id,
-    lambda result: result.submission.client.client_id,
-    lambda result: result.submission.client.client_ip,
-    lambda result: result.submission.client.instance_number,
-    lambda result: int(result.submission.status),
-    lambda result: result.submission.block_type,
-    lambda result: result.submission.execution_time_ms,
-    lambda result: json.dumps(result.submission.applied_settings),
-    lambda result: result.submission.exit_ip,
-    lambda result: result.submission.retry_after_ms,
-    lambda result: result.submission.error_message,
-    lambda result: result.submission.persona_used,
-    lambda result: len(result.submission.products),
-    lambda result: result.disposition is Disposition.RECORDED_LATE,
-    lambda result: result.allocation.traceparent,
-)
-_ACTIVITY: tuple[Callable[[_Taken], Any], ...] = (
-    lambda result: result.submission.name.key,
-    lambda result: result.submission.client.client_id,
-    lambda result: result.submission.client.client_ip,
-    lambda result: result.submission.client.instance_number,
-    lambda result: result.submission.client.user_folder_number,
-    lambda result: result.submission.execution_time_ms,
-    lambda result: 5 if result.disposition is Disposition.QUARANTINED else int(result.submission.status),
-)
+        await connection.execute(_SQL["insert_products"], organization_id, at, *zip(*found, strict=True))
 
 
 def _whole(submission: Submission) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -9,16 +10,25 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import structlog
+
 from allocator.clients import ClientIdentity
+from allocator.exit_health import Signal
 from allocator.leases import LeaseName, PersonaUse, Status
-from allocator.metrics import BATCH_SECONDS, RESULTS
+from allocator.metrics import BATCH_SECONDS, RESULTS, RESULTS_BY_OUTCOME, TARGET_TURNS
 from allocator.slots import Setting
 from services.coalesce import Coalescer
 from services.errors import DomainError
 
 if TYPE_CHECKING:
+    from allocator.availability import Availability
     from allocator.clients import Clients
+    from allocator.report_cache import ReportCache
     from allocator.result_store import ResultStore
+    from allocator.targets import Turn
+
+_log = structlog.get_logger("allocator.results")
+_SUBMIT_SECONDS = BATCH_SECONDS.labels("submit")
 
 _BATCH_CALLS = 64
 _BATCH_RESULTS = 1024
@@ -59,6 +69,8 @@ class Submission:
     retry_after_ms: int | None
     error_message: str
     persona_used: bool
+    exit_signal: Signal | None = None
+    crawl_delay_ms: int | None = None
 
     @property
     def use(self) -> PersonaUse:
@@ -78,12 +90,29 @@ class Acknowledgement:
 Answer = Acknowledgement | DomainError
 
 
-class Results:
-    """Takes results; calls that arrive while a batch commits share the next one."""
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What became of a batch: an answer for each submission, and the targets that stopped or go on by it."""
 
-    def __init__(self, store: ResultStore, clients: Clients) -> None:
+    answers: list[Answer]
+    turns: list[Turn]
+
+
+class Results:
+    """Takes results; calls that arrive while a batch commits share the next one.
+
+    Args:
+        store: The database.
+        clients: Is told who speaks.
+        availability: Is told when a target stops or goes on, or an exit's use came back.
+        reports: Are told when something was recorded.
+    """
+
+    def __init__(self, store: ResultStore, clients: Clients, availability: Availability, reports: ReportCache) -> None:
         self._store = store
         self._clients = clients
+        self._availability = availability
+        self._reports = reports
         self._queues: dict[UUID, Coalescer[Sequence[Submission], list[Answer]]] = {}
 
     async def submit(
@@ -128,11 +157,33 @@ class Results:
                     later.append(entry)
                 else:
                     batch[entry[0].name.key] = entry
-            with BATCH_SECONDS.labels("submit").time():
-                given = await self._store.submit(organization_id, [submission for submission, _, _ in batch.values()])
-            for (_, number, place), answer in zip(batch.values(), given, strict=True):
+            with _SUBMIT_SECONDS.time():
+                recorded = await self._store.submit(
+                    organization_id, [submission for submission, _, _ in batch.values()]
+                )
+            for (_, number, place), answer in zip(batch.values(), recorded.answers, strict=True):
                 answers[number][place] = answer
-                if isinstance(answer, Acknowledgement) and not answer.repeated:
-                    RESULTS.labels(answer.disposition.name.lower()).inc()
+            self._note(organization_id, [submission for submission, _, _ in batch.values()], recorded)
             waiting = later
         return [[answer for answer in call if answer is not None] for call in answers]
+
+    def _note(self, organization_id: UUID, submissions: Sequence[Submission], recorded: Recorded) -> None:
+        dispositions: Counter[Disposition] = Counter()
+        outcomes: Counter[Status] = Counter()
+        for submission, answer in zip(submissions, recorded.answers, strict=True):
+            if isinstance(answer, Acknowledgement) and not answer.repeated:
+                dispositions[answer.disposition] += 1
+                if answer.disposition is not Disposition.QUARANTINED:
+                    outcomes[submission.status] += 1
+        if not dispositions:
+            return
+        for disposition, count in dispositions.items():
+            RESULTS.labels(disposition.name.lower()).inc(count)
+        for status, count in outcomes.items():
+            RESULTS_BY_OUTCOME.labels(status.name.lower()).inc(count)
+        self._reports.outdate(organization_id)
+        for turn in recorded.turns:
+            TARGET_TURNS.labels(turn.what).inc()
+            _log.info("target turned", target=turn.target, turn=turn.what, reason=turn.reason)
+        if recorded.turns:
+            self._availability.outdate(organization_id)
