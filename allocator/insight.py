@@ -1,4 +1,4 @@
-"""Reports: what stands in the tables, for operators."""
+"""Live figures and allocations, for operators."""
 
 from __future__ import annotations
 
@@ -23,16 +23,7 @@ class Totals:
     today: Tracking | None
     check_ins_pending: int
     quarantined: int
-
-
-@dataclass(frozen=True, slots=True)
-class DashboardRow:
-    """One slot's day; `rate` is finished units by quota, in whole millionths."""
-
-    slot_id: UUID
-    keyword: str
-    tracking: Tracking
-    rate: int
+    available_units: int
 
 
 @dataclass(frozen=True, slots=True)

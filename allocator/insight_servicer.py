@@ -1,4 +1,4 @@
-"""InsightService: translates and validates; the database answers."""
+"""InsightService: translates and validates."""
 
 from __future__ import annotations
 
@@ -6,24 +6,41 @@ from uuid import UUID
 
 from muster.allocator.v1 import insight_pb2, insight_pb2_grpc, work_pb2
 
+from allocator.allocation import Allocation
+from allocator.blockers import NoWork
 from allocator.clients import Clients
 from allocator.explanation import Explanation
 from allocator.insight import AllocationRecord
 from allocator.insight_store import InsightStore
 from allocator.positions import rate_position, uuid_position
-from allocator.translation import day_text, moment, tracking_message
+from allocator.reports import Reports, SettingsEffect
+from allocator.translation import (
+    client_identity,
+    day_text,
+    moment,
+    no_work_message,
+    settings_message,
+    tracking_message,
+)
 from services import pages
 from services.call import current
 from services.status import Context
 from services.validate import Checks
 
+_MOST_ITEMS = 256
+_MOST_NAMES = 16
+
 
 class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
     """Reads."""
 
-    def __init__(self, store: InsightStore, explanation: Explanation, clients: Clients) -> None:
+    def __init__(
+        self, store: InsightStore, reports: Reports, explanation: Explanation, allocation: Allocation, clients: Clients
+    ) -> None:
         self._store = store
+        self._reports = reports
         self._explanation = explanation
+        self._allocation = allocation
         self._clients = clients
 
     async def ExplainAllocation(
@@ -34,9 +51,10 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         slot_id = checks.uuid("slot_id", request.slot_id, required=False) if request.slot_id else None
         target = checks.text("target", request.target, max_length=128)
         region = checks.text("region", request.region, max_length=64)
+        client_id = checks.identifier("client_id", request.client_id, required=False)
         checks.done()
         blockers, units = await self._explanation.explain(
-            await self._organization(), slot_id, target or None, region or None
+            await self._organization(), slot_id, target or None, region or None, client_id
         )
         return insight_pb2.ExplainAllocationResponse(
             blockers=[
@@ -53,9 +71,38 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
             available_units=units,
         )
 
+    async def SimulateAllocation(
+        self, request: insight_pb2.SimulateAllocationRequest, context: Context
+    ) -> insight_pb2.SimulateAllocationResponse:
+        """Says what a client would get."""
+        checks = Checks()
+        client = client_identity(checks, request, context)
+        items = checks.number("max_items", request.max_items or 1, least=1, most=_MOST_ITEMS)
+        target = checks.text("target", request.target, max_length=128)
+        region = checks.text("region", request.region, max_length=64)
+        checks.done()
+        outcome = await self._allocation.simulate(
+            await self._organization(), client.client_id, items, target or None, region or None
+        )
+        if isinstance(outcome, NoWork):
+            return insight_pb2.SimulateAllocationResponse(no_work=no_work_message(outcome))
+        return insight_pb2.SimulateAllocationResponse(
+            units=[
+                insight_pb2.SimulatedUnit(
+                    slot_id=str(unit.slot_id),
+                    keyword=unit.keyword,
+                    target=unit.target,
+                    exit_id=str(unit.exit_id or ""),
+                    exit_provider=unit.exit_provider,
+                    needs_persona=unit.needs_persona,
+                )
+                for unit in outcome
+            ]
+        )
+
     async def GetTotals(self, request: insight_pb2.GetTotalsRequest, context: Context) -> insight_pb2.GetTotalsResponse:
         """Reads the live figures."""
-        totals = await self._store.totals(await self._organization())
+        totals = await self._reports.totals(await self._organization())
         return insight_pb2.GetTotalsResponse(
             active_slots=totals.active_slots,
             leased=totals.leased,
@@ -67,6 +114,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
             today=tracking_message(totals.today),
             check_ins_pending=totals.check_ins_pending,
             quarantined=totals.quarantined,
+            available_units=totals.available_units,
         )
 
     async def GetDashboard(
@@ -80,7 +128,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         organization_id = await self._organization()
         scope = f"GetDashboard {organization_id} {request.work_date}"
         after = rate_position(pages.decode(request.page_token, scope))
-        rows = await self._store.dashboard(organization_id, day, after, size)
+        rows = await self._reports.dashboard(organization_id, day, after, size)
         token = pages.encode([rows[-1].rate, str(rows[-1].slot_id)], scope) if len(rows) == size else ""
         return insight_pb2.GetDashboardResponse(
             rows=[
@@ -93,6 +141,82 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
                 for row in rows
             ],
             next_page_token=token,
+        )
+
+    async def GetClientPerformance(
+        self, request: insight_pb2.GetClientPerformanceRequest, context: Context
+    ) -> insight_pb2.GetClientPerformanceResponse:
+        """Reads one day by client."""
+        checks = Checks()
+        day = checks.day("work_date", request.work_date, required=False)
+        checks.done()
+        rows = await self._reports.client_performance(await self._organization(), day)
+        return insight_pb2.GetClientPerformanceResponse(
+            clients=[
+                insight_pb2.ClientPerformance(
+                    client_id=row.client_id,
+                    client_name=row.client_name,
+                    client_ip=row.client_ip,
+                    active_instances=row.active_instances,
+                    tasks=row.tasks,
+                    mean_execution_ms=row.mean_execution_ms,
+                    succeeded=row.succeeded,
+                )
+                for row in rows
+            ]
+        )
+
+    async def GetSettingsEffect(
+        self, request: insight_pb2.GetSettingsEffectRequest, context: Context
+    ) -> insight_pb2.GetSettingsEffectResponse:
+        """Reads the last 7 days by settings."""
+        checks = Checks()
+        checks.count("settings", request.settings, least=0, most=_MOST_NAMES)
+        checks.unique("settings", request.settings)
+        for number, name in enumerate(request.settings[:_MOST_NAMES]):
+            checks.text(f"settings[{number}]", name, min_length=1, max_length=64)
+        target = checks.text("target", request.target, max_length=128)
+        checks.done()
+        names = tuple(sorted(request.settings))
+        rows = await self._reports.settings_effect(await self._organization(), names, target or None)
+        return insight_pb2.GetSettingsEffectResponse(groups=[_effect(row) for row in rows])
+
+    async def GetBlockReport(
+        self, request: insight_pb2.GetBlockReportRequest, context: Context
+    ) -> insight_pb2.GetBlockReportResponse:
+        """Reads the last hour's blocks."""
+        rows = await self._reports.blocks(await self._organization())
+        return insight_pb2.GetBlockReportResponse(
+            blocks=[
+                insight_pb2.BlockCount(
+                    block_type=row.block_type, count=row.count, affected_clients=row.affected_clients
+                )
+                for row in rows
+            ]
+        )
+
+    async def GetClientActivity(
+        self, request: insight_pb2.GetClientActivityRequest, context: Context
+    ) -> insight_pb2.GetClientActivityResponse:
+        """Reads a client's last hour."""
+        checks = Checks()
+        client_id = checks.identifier("client_id", request.client_id, required=not request.client_ip)
+        address = checks.address("client_ip", request.client_ip)
+        checks.done()
+        rows = await self._reports.client_activity(
+            await self._organization(), client_id or None, None if client_id else address
+        )
+        return insight_pb2.GetClientActivityResponse(
+            clients=[
+                insight_pb2.ClientActivity(
+                    client_id=row.client_id,
+                    last_activity=moment(row.last_activity),
+                    instances_used=row.instances_used,
+                    folders_used=row.folders_used,
+                    reports=row.reports,
+                )
+                for row in rows
+            ]
         )
 
     async def ListAllocations(
@@ -121,6 +245,19 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         principal = current().principal
         await self._clients.meet_organization(principal.organization_id, principal.time_zone)
         return principal.organization_id
+
+
+def _effect(effect: SettingsEffect) -> insight_pb2.SettingsEffect:
+    low, high = effect.interval()
+    return insight_pb2.SettingsEffect(
+        settings=settings_message(effect.settings),
+        results=effect.results,
+        succeeded=effect.succeeded,
+        mean_execution_ms=effect.mean_execution_ms,
+        success_rate=effect.success_rate(),
+        rate_low=low,
+        rate_high=high,
+    )
 
 
 def _record(record: AllocationRecord) -> insight_pb2.AllocationRecord:

@@ -51,7 +51,10 @@ ALTER TABLE work_slots
   ADD COLUMN class_id integer;
 UPDATE work_slots SET class_id = class_of(organization_id, target, priority, without_exit, '', '', persona_need);
 ALTER TABLE work_slots ALTER COLUMN class_id SET NOT NULL;
+CREATE INDEX work_slots_code ON work_slots (organization_id, code, slot_id) WHERE code <> '';
 CREATE INDEX work_slots_active ON work_slots (organization_id, slot_id) WHERE is_active;
+-- Whether a class has any slot, any active one, any in its dates, without looking at the others.
+CREATE INDEX work_slots_class ON work_slots (class_id, is_active, end_date);
 
 -- The day's row knows what the allocator asks, so that slots with room are found by one index. `open_at` is the moment,
 -- in seconds of the epoch, at which the next unit is available: -infinity when paced asap, NULL when the quota is taken
@@ -59,6 +62,8 @@ CREATE INDEX work_slots_active ON work_slots (organization_id, slot_id) WHERE is
 ALTER TABLE daily_work_tracking
   ADD COLUMN class_id integer NOT NULL DEFAULT 0,
   ADD COLUMN active boolean NOT NULL DEFAULT true,
+  -- By how many units an operator reopened the day, beyond the slot's quota; kept when the slot changes.
+  ADD COLUMN reopened integer NOT NULL DEFAULT 0 CHECK (reopened >= 0),
   -- Midnight in seconds of the epoch, and the day's length; NULL when paced asap.
   ADD COLUMN paced_from double precision,
   ADD COLUMN paced_seconds double precision,
@@ -108,10 +113,12 @@ LANGUAGE sql VOLATILE AS $$
   ORDER BY s.slot_id
   FOR SHARE OF s
   ON CONFLICT (organization_id, work_date, slot_id) DO UPDATE
-  SET quota = greatest(excluded.quota, t.allocated - t.expired - t.released, 1), class_id = excluded.class_id,
-    active = excluded.active, paced_from = excluded.paced_from, paced_seconds = excluded.paced_seconds
+  SET quota = greatest(least(excluded.quota + t.reopened, 1000000), t.allocated - t.expired - t.released, 1),
+    class_id = excluded.class_id, active = excluded.active, paced_from = excluded.paced_from,
+    paced_seconds = excluded.paced_seconds
   WHERE (t.quota, t.class_id, t.active, t.paced_from, t.paced_seconds) IS DISTINCT FROM
-    (excluded.quota, excluded.class_id, excluded.active, excluded.paced_from, excluded.paced_seconds)
+    (greatest(least(excluded.quota + t.reopened, 1000000), t.allocated - t.expired - t.released, 1), excluded.class_id,
+      excluded.active, excluded.paced_from, excluded.paced_seconds)
 $$;
 
 -- Politeness and back-off. A slot without a target is a target of its own, named slot:<its id>.
@@ -143,6 +150,8 @@ CREATE TABLE targets (
   PRIMARY KEY (organization_id, target),
   CHECK ((paused_at IS NULL) = (probe_at IS NULL))
 ) WITH (fillfactor = 50);
+-- The probes that are out, by which a batch of results finds its own among them. Hardly ever any.
+CREATE INDEX targets_probe ON targets (organization_id, probe_key) WHERE probe_key IS NOT NULL;
 
 ALTER TABLE leases
   -- The slot's target at the grant; '' when it has none.
@@ -254,8 +263,10 @@ LANGUAGE sql STABLE AS $$
       WHERE o.organization_id = organization) d
   ) today
   JOIN work_slots s ON s.organization_id = organization
+  -- The day by a query of its own, so that the partitions of other days are left out.
   LEFT JOIN daily_work_tracking t
-    ON t.organization_id = organization AND t.slot_id = s.slot_id AND t.work_date = today.work_date
+    ON t.organization_id = organization AND t.slot_id = s.slot_id AND t.work_date =
+      (SELECT (now() AT TIME ZONE o.time_zone)::date FROM organizations o WHERE o.organization_id = organization)
 $$;
 
 DROP FUNCTION exits_now(uuid);
@@ -292,3 +303,24 @@ LANGUAGE sql STABLE AS $$
     WHERE l.organization_id = organization AND l.target = t.target AND l.expires_at > now()) ELSE 0 END AS in_flight) f
   WHERE t.organization_id = organization
 $$;
+
+-- Of those targets, the ones of which nothing may go out now, by the first reason that holds: 11 held, 12 paused, 13
+-- busy (as BlockerKind in the contract). `until` is when that may end by itself; NULL when a lease must end first.
+CREATE FUNCTION stops_now(organization uuid)
+RETURNS TABLE (target text, kind integer, until timestamptz)
+LANGUAGE sql STABLE AS $$
+  SELECT t.target, CASE WHEN t.blocked_until > now() THEN 11 WHEN t.is_paused THEN 12 ELSE 13 END,
+    CASE WHEN t.blocked_until > now() THEN t.blocked_until
+      WHEN t.is_paused THEN CASE WHEN t.probe_at > now() THEN t.probe_at END
+      WHEN t.delay_ms > 0 AND t.next_at > now() THEN t.next_at END
+  FROM targets_now(organization) t
+  WHERE t.room <= 0
+$$;
+
+-- A day's work for people, as the documents' dashboard: finished units by quota, 0 to 1, in steps of a millionth.
+CREATE VIEW work_dashboard AS
+  SELECT t.organization_id, t.work_date, t.slot_id,
+    (SELECT s.keyword FROM work_slots s WHERE s.slot_id = t.slot_id) AS keyword,
+    t.quota, t.allocated, t.succeeded, t.failed, t.blocked, t.expired, t.released,
+    ((t.succeeded + t.failed + t.blocked)::bigint * 1000000 / t.quota) / 1e6::double precision AS completion_rate
+  FROM daily_work_tracking t;

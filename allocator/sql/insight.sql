@@ -1,33 +1,4 @@
--- Reports and explanations. All are bound to one organization.
-
--- name: slot_standing
--- How far slots come: counts at every step of slots_today, with examples. $1 organization, $2 slot or NULL, $3 target or
--- NULL. Index: work_slots_organization, primary key of daily_work_tracking.
-SELECT count(*) AS slots,
-  count(*) FILTER (WHERE is_active) AS active,
-  count(*) FILTER (WHERE is_active AND in_date) AS eligible,
-  count(*) FILTER (WHERE is_active AND in_date AND taken < quota) AS with_room,
-  coalesce(sum(quota - taken) FILTER (WHERE is_active AND in_date AND taken < quota AND without_exit), 0)::bigint
-    AS units_without_exit,
-  coalesce(sum(quota - taken) FILTER (WHERE is_active AND in_date AND taken < quota AND NOT without_exit), 0)::bigint
-    AS units_with_exit,
-  count(*) FILTER (WHERE NOT without_exit) AS slots_with_exit,
-  (array_agg(slot_id ORDER BY slot_id) FILTER (WHERE NOT is_active))[1:5] AS inactive_examples,
-  (array_agg(slot_id ORDER BY slot_id) FILTER (WHERE is_active AND NOT in_date))[1:5] AS out_of_date_examples,
-  (array_agg(slot_id ORDER BY slot_id) FILTER (WHERE is_active AND in_date AND taken >= quota))[1:5]
-    AS exhausted_examples
-FROM slots_today($1)
-WHERE ($2::uuid IS NULL OR slot_id = $2) AND ($3::text IS NULL OR target = $3);
-
--- name: exit_standing
--- Likewise for exits_now. $1 organization, $2 region or NULL.
-SELECT count(*) AS exits,
-  count(*) FILTER (WHERE enabled) AS enabled,
-  coalesce(sum(room) FILTER (WHERE enabled AND room > 0), 0)::bigint AS room,
-  (array_agg(exit_id ORDER BY exit_id) FILTER (WHERE NOT enabled))[1:5] AS disabled_examples,
-  (array_agg(exit_id ORDER BY exit_id) FILTER (WHERE enabled AND room <= 0))[1:5] AS exhausted_examples
-FROM exits_now($1)
-WHERE $2::text IS NULL OR region = $2;
+-- Live figures and allocations. All are bound to one organization.
 
 -- name: totals
 -- $1 organization.
@@ -52,19 +23,6 @@ FROM (
   FROM exits_now($1)) e,
   (SELECT count(*) AS clients, count(*) FILTER (WHERE last_seen_at > now() - interval '10 minutes') AS clients_online
   FROM clients WHERE organization_id = $1) c;
-
--- name: page_of_dashboard
--- By completion, highest first; the rate is compared in whole millionths, so that pages meet exactly. $1 organization,
--- $2 day or NULL for today, $3 after this rate or NULL, $4 and slot, $5 how many. Index: primary keys.
-SELECT slot_id, keyword, work_date, quota, allocated, succeeded, failed, blocked, expired, released, rate
-FROM (
-  SELECT t.*, s.keyword, ((t.succeeded + t.failed + t.blocked)::bigint * 1000000 / t.quota) AS rate
-  FROM daily_work_tracking t JOIN work_slots s ON s.organization_id = $1 AND s.slot_id = t.slot_id
-  WHERE t.organization_id = $1 AND t.work_date = coalesce($2::date,
-    (SELECT (now() AT TIME ZONE time_zone)::date FROM organizations WHERE organization_id = $1))
-) d
-WHERE $3::bigint IS NULL OR rate < $3 OR (rate = $3 AND slot_id > $4::uuid)
-ORDER BY rate DESC, slot_id LIMIT $5;
 
 -- name: page_of_allocations
 -- Live leases and ended allocations of one day, newest first. $1 organization, $2 day or NULL for today, $3 status or

@@ -37,6 +37,7 @@ async def test_the_documents_slot_is_kept_as_it_was_given(allocator: Allocator) 
         weight=1,
         persona=slot_pb2.PersonaNeed(tags=["a", "b"], region="kr", min_aging_level=3, cool_down_seconds=60),
         external_id="site-1",
+        pacing=slot_pb2.PACING_ASAP,
     )
     request = slot_pb2.CreateSlotRequest(request_id=str(uuid.uuid4()), spec=given)
     slot = (await allocator.slots.CreateSlot(request, metadata=allocator.operator)).slot
@@ -226,7 +227,7 @@ async def test_reports_agree_with_what_was_done(allocator: Allocator) -> None:
     assert [(row.slot_id, row.completion_rate) for row in rest.rows] == [(lazy.slot_id, 0.1)]
     totals = MessageToDict(await allocator.totals(), preserving_proto_field_name=True)
     today = totals.pop("today")
-    assert totals == {"active_slots": "2", "leased": "1", "clients": "2", "clients_online": "2"}
+    assert totals == {"active_slots": "2", "leased": "1", "clients": "2", "clients_online": "2", "available_units": "8"}
     del today["work_date"]
     assert today == {"quota": 12, "allocated": 4, "succeeded": 1, "failed": 1, "blocked": 1}
     keys: list[str] = []
