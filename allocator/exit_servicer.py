@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-import re
+import math
+from collections.abc import Mapping
 
-from muster.allocator.v1 import exit_pb2, exit_pb2_grpc
+from muster.allocator.v1 import exit_pb2, exit_pb2_grpc, work_pb2
 
 from allocator.availability import Availability
 from allocator.clients import Clients
+from allocator.exit_forecast import ExitForecast
+from allocator.exit_health import ExitHealth, ExitStanding
+from allocator.exit_providers import GuardedProvider
+from allocator.exit_releases import ExitReleases
 from allocator.exit_store import ExitStore
-from allocator.exits import DEFAULT_CAP, Exit, ExitSpec
-from allocator.positions import time_position, uuid_position
+from allocator.exits import DEFAULT_CAP, CapMode, Exit, ExitSpec, is_endpoint
+from allocator.positions import pair_position, time_position, uuid_position
 from allocator.translation import moment
 from services import pages, requests
 from services.call import Principal, current
 from services.status import Context
 from services.validate import Checks
 
-_ENDPOINT = re.compile(
-    r"(?:https?|socks[45])://(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9a-fA-F:.]+\]):(?P<port>[0-9]{1,5})\Z"
-)
-_CAP_MODES = (exit_pb2.EXIT_CAP_MODE_UNSPECIFIED, exit_pb2.EXIT_CAP_MODE_UNTIL_TOGGLE)
+_LONGEST_WINDOW_SECONDS = 86_400
 
 
 class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
-    """Administers pooled exits."""
+    """Administers exits.
 
-    def __init__(self, store: ExitStore, availability: Availability, clients: Clients, *, limit: int) -> None:
+    Args:
+        store: Pooled exits.
+        health: How exits stand with targets.
+        forecast: When the pool will be empty.
+        providers: Of external exits, by name.
+        releases: Knows which external exits their providers have yet to hear of.
+        availability: Is told of what changed.
+        clients: Notes the organization.
+        limit: The most exits an organization may have.
+    """
+
+    def __init__(
+        self,
+        store: ExitStore,
+        health: ExitHealth,
+        forecast: ExitForecast,
+        providers: Mapping[str, GuardedProvider],
+        releases: ExitReleases,
+        availability: Availability,
+        clients: Clients,
+        *,
+        limit: int,
+    ) -> None:
         self._store = store
+        self._health = health
+        self._forecast = forecast
+        self._providers = providers
+        self._releases = releases
         self._availability = availability
         self._clients = clients
         self._limit = limit
@@ -116,6 +144,78 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
             next_page_token=token,
         )
 
+    async def ListExitHealth(
+        self, request: exit_pb2.ListExitHealthRequest, context: Context
+    ) -> exit_pb2.ListExitHealthResponse:
+        """Pages through cool-downs."""
+        checks = Checks()
+        exit_id = checks.uuid("exit_id", request.exit_id, required=False) if request.exit_id else None
+        target = checks.text("target", request.target, max_length=128) or None
+        size = checks.page(request.page_size)
+        checks.done()
+        principal = await self._principal()
+        scope = f"ListExitHealth {principal.organization_id} {exit_id} {target}"
+        after = pair_position(pages.decode(request.page_token, scope))
+        standings = await self._health.page(principal.organization_id, exit_id, target, after, size)
+        token = ""
+        if len(standings) == size:
+            token = pages.encode([str(standings[-1].exit_id), standings[-1].target], scope)
+        return exit_pb2.ListExitHealthResponse(
+            health=[_health_message(standing) for standing in standings], next_page_token=token
+        )
+
+    async def ClearExitHealth(
+        self, request: exit_pb2.ClearExitHealthRequest, context: Context
+    ) -> exit_pb2.ClearExitHealthResponse:
+        """Ends cool-downs."""
+        checks = Checks()
+        exit_id = checks.uuid("exit_id", request.exit_id)
+        target = checks.text("target", request.target, max_length=128) if request.HasField("target") else None
+        checks.done()
+        principal = await self._principal()
+        cleared = await self._health.clear(principal.organization_id, exit_id, target)
+        self._availability.outdate(principal.organization_id)
+        return exit_pb2.ClearExitHealthResponse(cleared=cleared)
+
+    async def ForecastExits(
+        self, request: exit_pb2.ForecastExitsRequest, context: Context
+    ) -> exit_pb2.ForecastExitsResponse:
+        """Says when the pool will be used up."""
+        checks = Checks()
+        region = checks.text("region", request.region, max_length=64)
+        checks.done()
+        principal = await self._principal()
+        forecast = await self._forecast.forecast(principal.organization_id, region)
+        return exit_pb2.ForecastExitsResponse(
+            room=forecast.room,
+            capacity=forecast.capacity,
+            uses_per_minute=forecast.uses_per_minute,
+            empty_at=moment(forecast.empty_at),
+            # Rounded up, since 0 says that the pace is unknown.
+            observed_seconds=math.ceil(forecast.observed_seconds),
+        )
+
+    async def ListExitProviders(
+        self, request: exit_pb2.ListExitProvidersRequest, context: Context
+    ) -> exit_pb2.ListExitProvidersResponse:
+        """Reads the external providers."""
+        await self._principal()
+        pending = await self._releases.pending()
+        return exit_pb2.ListExitProvidersResponse(
+            providers=[
+                exit_pb2.ExitProviderState(
+                    name=name,
+                    available=provider.available,
+                    last_error=provider.last_error,
+                    answered_at=moment(provider.answered_at),
+                    held=provider.held,
+                    orphans_released=provider.orphans_released,
+                    releases_pending=pending.get(name, 0),
+                )
+                for name, provider in sorted(self._providers.items())
+            ]
+        )
+
     async def _principal(self) -> Principal:
         principal = current().principal
         await self._clients.meet_organization(principal.organization_id, principal.time_zone)
@@ -124,14 +224,21 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
 
 def _spec(checks: Checks, path: str, spec: exit_pb2.ExitSpec) -> ExitSpec:
     endpoint = checks.text(f"{path}.endpoint", spec.endpoint, min_length=1, max_length=512)
-    match = _ENDPOINT.match(endpoint)
-    if endpoint and (match is None or not 1 <= int(match["port"]) <= 65535):
+    if endpoint and not is_endpoint(endpoint):
         checks.fail(f"{path}.endpoint", "must be scheme://host:port with scheme http, https, socks4 or socks5")
-    checks.choice(f"{path}.cap_mode", spec.cap_mode, _CAP_MODES, "UNTIL_TOGGLE")
+    mode = spec.cap_mode or CapMode.UNTIL_TOGGLE
+    checks.choice(f"{path}.cap_mode", mode, list(CapMode), "UNTIL_TOGGLE, CONCURRENT, PER_WINDOW")
+    per_window = mode == CapMode.PER_WINDOW
+    if per_window:
+        checks.number(f"{path}.window_seconds", spec.window_seconds, least=1, most=_LONGEST_WINDOW_SECONDS)
+    elif spec.window_seconds:
+        checks.fail(f"{path}.window_seconds", "must be 0 but in mode PER_WINDOW")
     return ExitSpec(
         endpoint=endpoint,
         region=checks.text(f"{path}.region", spec.region, max_length=64),
+        cap_mode=CapMode(mode) if mode in list(CapMode) else CapMode.UNTIL_TOGGLE,
         cap=checks.number(f"{path}.cap", spec.cap or DEFAULT_CAP, least=1, most=100_000),
+        window_seconds=spec.window_seconds if per_window else None,
     )
 
 
@@ -141,12 +248,25 @@ def _message(exit_: Exit) -> exit_pb2.Exit:
         spec=exit_pb2.ExitSpec(
             endpoint=exit_.endpoint,
             region=exit_.region,
-            cap_mode=exit_pb2.EXIT_CAP_MODE_UNTIL_TOGGLE,
+            cap_mode=exit_pb2.ExitCapMode.ValueType(exit_.cap_mode),
             cap=exit_.cap,
+            window_seconds=exit_.window_seconds or 0,
         ),
         enabled=exit_.enabled,
         use_count=exit_.use_count,
         toggle_epoch=exit_.toggle_epoch,
         toggled_at=moment(exit_.toggled_at),
         created_at=moment(exit_.created_at),
+        window_ends_at=moment(exit_.window_ends_at),
+    )
+
+
+def _health_message(standing: ExitStanding) -> exit_pb2.ExitHealth:
+    return exit_pb2.ExitHealth(
+        exit_id=str(standing.exit_id),
+        target=standing.target,
+        signal=work_pb2.ExitSignal.ValueType(standing.signal),
+        faults=standing.faults,
+        cooling_until=moment(standing.cooling_until),
+        reported_at=moment(standing.reported_at),
     )

@@ -1,0 +1,165 @@
+"""External exits for packages: taken under the allocation key, noted by their address, given back when the lease ends.
+
+    lease committed ──PUT──> exit given ──address on the lease, if it still lives──> package complete
+                       └──fails──> unit withdrawn, EXIT_UNAVAILABLE
+    lease ends ──same transaction──> release waits ──DELETE, at least once──> forgotten
+
+If this process ends anywhere in between, the lease's end or a repeat of the request mends it; what a provider holds
+without a lease here is found by the reconciliation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import structlog
+
+from allocator.exit_providers import ExitUnavailable, GuardedProvider, RemoteExit
+from allocator.explanation import BlockerKind, NoWork
+from allocator.packages import AssignedExit, Package
+from services.errors import Overloaded
+
+if TYPE_CHECKING:
+    from allocator.availability import Availability
+    from allocator.external_exit_store import ExternalExitStore
+    from allocator.lease_store import LeaseStore
+
+_log = structlog.get_logger("allocator.external_exits")
+
+# How long a provider's region that had no exit goes after other work.
+_FAILING_SECONDS = 1.0
+
+# A provider and the region asked of it, '' for any.
+Source = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What could not be completed: the sources to avoid, and what to tell a caller who gets nothing else."""
+
+    providers: frozenset[Source]
+    no_work: NoWork
+
+
+class ExternalExits:
+    """Completes packages with external exits.
+
+    Args:
+        providers: By the name that slots ask for.
+        store: Notes exits on leases.
+        leases: Takes back units that get none.
+        availability: Is told of them.
+        greatest_age_seconds: How long a lease can live: what is asked of the provider.
+    """
+
+    def __init__(
+        self,
+        providers: Mapping[str, GuardedProvider],
+        store: ExternalExitStore,
+        leases: LeaseStore,
+        availability: Availability,
+        *,
+        greatest_age_seconds: float,
+    ) -> None:
+        self._providers = providers
+        self._store = store
+        self._leases = leases
+        self._availability = availability
+        self._duration_seconds = greatest_age_seconds
+        self._failing: dict[UUID, dict[Source, float]] = {}
+
+    def failing(self, organization_id: UUID) -> frozenset[Source]:
+        """Returns the sources that had no exit a moment ago."""
+        now = time.monotonic()
+        known = self._failing.get(organization_id, {})
+        for source in [source for source, until in known.items() if until < now]:
+            del known[source]
+        return frozenset(known)
+
+    async def complete(
+        self, organization_id: UUID, request_id: UUID, packages: Sequence[Package]
+    ) -> tuple[list[Package], Failed]:
+        """Returns the packages with their external exits; those that get none are withdrawn, and `Failed` says why.
+
+        A package of a repeated request may have been told of before: its lease stands even if its provider does not
+        answer now, since somebody may be at work with it. Packages that need no external exit pass.
+
+        Args:
+            organization_id: The tenant.
+            request_id: Is forgotten if no package is left, so that the demand can be served otherwise.
+            packages: Of one request.
+
+        Raises:
+            Overloaded: all that is left stands and lacks its exit; a retry of the request completes it.
+            DatabaseUnavailable: a retry completes the packages.
+        """
+        lacking = [package for package in packages if lacks_exit(package)]
+        if not lacking:
+            return list(packages), Failed(frozenset(), _UNAVAILABLE)
+        taken = dict(zip((package.key for package in lacking), await self._take(organization_id, lacking), strict=True))
+        given = [
+            (package.key, package.exit_provider, remote.exit_ip)
+            for package in lacking
+            if (remote := taken[package.key]) is not None
+        ]
+        noted = await self._store.attach(organization_id, given) if given else set()
+        ready = []
+        for package in packages:
+            remote = taken.get(package.key)
+            if package.key not in taken:
+                ready.append(package)
+            elif remote is not None and package.key in noted:
+                assigned = AssignedExit(
+                    None, remote.endpoint, remote.region, provider=package.exit_provider, exit_ip=remote.exit_ip
+                )
+                ready.append(replace(package, exit=assigned))
+        unmet = [package for package in lacking if package.key not in noted]
+        # An exit that was noted before is on a package that may have been told.
+        standing = [package for package in unmet if package.exit is not None]
+        withdrawn = [package for package in unmet if package.exit is None]
+        if withdrawn:
+            forget = None if ready or standing else request_id
+            await self._leases.withdraw(organization_id, [package.key for package in withdrawn], forget)
+            self._availability.outdate(organization_id)
+        if standing and not ready:
+            raise Overloaded(
+                "the provider of the exits does not answer; the leases stand: repeat the request",
+                retry_after_seconds=1.0,
+                queue=standing[0].exit_provider,
+            )
+        sources = frozenset((package.exit_provider, package.exit_region) for package in withdrawn)
+        until = time.monotonic() + _FAILING_SECONDS
+        self._failing.setdefault(organization_id, {}).update(dict.fromkeys(sources, until))
+        return ready, Failed(sources, _UNAVAILABLE)
+
+    async def _take(self, organization_id: UUID, packages: Sequence[Package]) -> list[RemoteExit | None]:
+        """Takes an exit for each package at once; each provider bounds how many calls are made together."""
+        return await asyncio.gather(*(self._one(organization_id, package) for package in packages))
+
+    async def _one(self, organization_id: UUID, package: Package) -> RemoteExit | None:
+        provider = self._providers.get(package.exit_provider)
+        if provider is None:
+            _log.warning("a slot asks for a provider of exits that is not configured", provider=package.exit_provider)
+            return None
+        try:
+            return await provider.take(package.key, organization_id, package.exit_region, self._duration_seconds)
+        except ExitUnavailable:
+            # It was logged and counted where it failed.
+            return None
+
+
+def lacks_exit(package: Package) -> bool:
+    """Whether a package waits for an external exit: none was given, or all that is known of it is its address."""
+    return bool(package.exit_provider) and (package.exit is None or not package.exit.endpoint)
+
+
+_UNAVAILABLE = NoWork(
+    BlockerKind.EXIT_UNAVAILABLE,
+    "the provider of external exits does not answer, or has none free: look at it, or correct exit_providers",
+    retry_after_seconds=2.0,
+)
