@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 from datetime import date
 from typing import Any
 from uuid import UUID
@@ -13,8 +13,9 @@ from muster.allocator.v1 import slot_pb2, slot_pb2_grpc
 from allocator.availability import Availability
 from allocator.clients import Clients
 from allocator.positions import time_position, uuid_position
+from allocator.report_cache import ReportCache
 from allocator.slot_store import SlotStore
-from allocator.slots import CHANGEABLE, PersonaNeed, Slot, SlotSpec
+from allocator.slots import CHANGEABLE, Pacing, PersonaNeed, Slot, SlotFilter, SlotSpec
 from allocator.translation import day_text, item_error, moment, settings, settings_message, tracking_message
 from services import pages, requests
 from services.call import Principal, current
@@ -26,15 +27,39 @@ _MOST_SETTINGS_BYTES = 16 * 1024
 _IMPORT_BATCH = 250
 # With one batch in hand, at most 1,000 rows are unanswered.
 _IMPORT_QUEUE = 750
+_PACINGS = {
+    slot_pb2.PACING_UNSPECIFIED: Pacing.ASAP,
+    slot_pb2.PACING_ASAP: Pacing.ASAP,
+    slot_pb2.PACING_EVEN: Pacing.EVEN,
+}
+_PACING_NUMBERS = {Pacing.ASAP: slot_pb2.PACING_ASAP, Pacing.EVEN: slot_pb2.PACING_EVEN}
 
 
 class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
-    """Administers slots."""
+    """Administers slots.
 
-    def __init__(self, store: SlotStore, availability: Availability, clients: Clients) -> None:
+    Args:
+        store: Where they are kept.
+        availability: What is told that they changed.
+        reports: Likewise.
+        clients: Where organizations are met.
+        exit_providers: The external providers that a slot may name.
+    """
+
+    def __init__(
+        self,
+        store: SlotStore,
+        availability: Availability,
+        reports: ReportCache,
+        clients: Clients,
+        *,
+        exit_providers: Set[str],
+    ) -> None:
         self._store = store
         self._availability = availability
+        self._reports = reports
         self._clients = clients
+        self._providers = exit_providers
 
     async def CreateSlot(self, request: slot_pb2.CreateSlotRequest, context: Context) -> slot_pb2.CreateSlotResponse:
         """Makes a slot."""
@@ -42,11 +67,11 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         request_id = checks.uuid("request_id", request.request_id)
         if not request.HasField("spec"):
             checks.fail("spec", "required")
-        spec = _spec(checks, request.spec)
+        spec = self._spec(checks, request.spec)
         checks.done()
         organization_id = (await self._principal()).organization_id
         slot = await self._store.create(organization_id, request_id, requests.digest(request), spec)
-        self._availability.outdate(organization_id)
+        self._outdate(organization_id)
         return slot_pb2.CreateSlotResponse(slot=_message(slot))
 
     async def GetSlot(self, request: slot_pb2.GetSlotRequest, context: Context) -> slot_pb2.GetSlotResponse:
@@ -63,19 +88,15 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         size = checks.page(request.page_size)
         target = checks.text("target", request.target, max_length=128)
         prefix = checks.text("keyword_prefix", request.keyword_prefix, max_length=200)
+        code = checks.text("code", request.code, max_length=64)
+        external_id = checks.text("external_id", request.external_id, max_length=128)
         checks.done()
         is_active = request.is_active if request.HasField("is_active") else None
+        wanted = SlotFilter(target, is_active, prefix, code, external_id)
         organization_id = (await self._principal()).organization_id
-        scope = f"ListSlots {organization_id} {is_active} {target!r} {prefix!r}"
-        position = pages.decode(request.page_token, scope)
-        slots = await self._store.page(
-            organization_id,
-            uuid_position(position),
-            size,
-            target=target or None,
-            is_active=is_active,
-            keyword_prefix=prefix,
-        )
+        scope = f"ListSlots {organization_id} {wanted}"
+        after = uuid_position(pages.decode(request.page_token, scope))
+        slots = await self._store.page(organization_id, after, size, wanted)
         token = pages.encode([str(slots[-1].slot_id)], scope) if len(slots) == size else ""
         return slot_pb2.ListSlotsResponse(slots=[_message(slot) for slot in slots], next_page_token=token)
 
@@ -92,15 +113,42 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
             checks.fail(
                 "update_mask", f"cannot change {', '.join(strangers)}; can change {', '.join(CHANGEABLE)}"[:400]
             )
-        fields = _fields(checks, request.spec)
+        fields = self._fields(checks, request.spec)
         given = {name: fields[name]() for name in names if name in CHANGEABLE}
         checks.done()
         principal = await self._principal()
         slot = await self._store.update(
             principal.organization_id, slot_id, given, etag=etag, actor=principal.key_id, reason=reason
         )
-        self._availability.outdate(principal.organization_id)
+        self._outdate(principal.organization_id)
         return slot_pb2.UpdateSlotResponse(slot=_message(slot))
+
+    async def PauseSlot(self, request: slot_pb2.PauseSlotRequest, context: Context) -> slot_pb2.PauseSlotResponse:
+        """Switches a slot off."""
+        return slot_pb2.PauseSlotResponse(slot=await self._switch(request, is_active=False))
+
+    async def ResumeSlot(self, request: slot_pb2.ResumeSlotRequest, context: Context) -> slot_pb2.ResumeSlotResponse:
+        """Switches a slot on."""
+        return slot_pb2.ResumeSlotResponse(slot=await self._switch(request, is_active=True))
+
+    async def _switch(
+        self, request: slot_pb2.PauseSlotRequest | slot_pb2.ResumeSlotRequest, *, is_active: bool
+    ) -> slot_pb2.Slot:
+        checks = Checks()
+        slot_id = checks.uuid("slot_id", request.slot_id)
+        reason = checks.text("reason", request.reason, max_length=256)
+        checks.done()
+        principal = await self._principal()
+        slot = await self._store.update(
+            principal.organization_id,
+            slot_id,
+            {"is_active": is_active},
+            etag="",
+            actor=principal.key_id,
+            reason=reason,
+        )
+        self._outdate(principal.organization_id)
+        return _message(slot)
 
     async def ImportSlots(
         self, request_iterator: AsyncIterator[slot_pb2.ImportSlotsRequest], context: Context
@@ -146,7 +194,7 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         specs = []
         for row in rows:
             checks = Checks()
-            spec = _spec(checks, row.spec)
+            spec = self._spec(checks, row.spec)
             if not row.spec.external_id:
                 checks.fail("spec.external_id", "required")
             try:
@@ -157,7 +205,7 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
                 responses.append(None)
                 specs.append(spec)
         answers = iter(await self._store.create_many(organization_id, specs) if specs else ())
-        self._availability.outdate(organization_id)
+        self._outdate(organization_id)
         return [response or _imported(row.row, *next(answers)) for row, response in zip(rows, responses, strict=True)]
 
     async def ListSlotHistory(
@@ -188,46 +236,63 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
             next_page_token=token,
         )
 
+    def _outdate(self, organization_id: UUID) -> None:
+        self._availability.outdate(organization_id)
+        self._reports.outdate(organization_id)
+
     async def _principal(self) -> Principal:
         principal = current().principal
         await self._clients.meet_organization(principal.organization_id, principal.time_zone)
         return principal
 
+    def _spec(self, checks: Checks, spec: slot_pb2.SlotSpec) -> SlotSpec:
+        values = {name: check() for name, check in self._fields(checks, spec).items()}
+        external_id = checks.text("spec.external_id", spec.external_id, max_length=128)
+        made = SlotSpec(**values, external_id=external_id)
+        for contradiction in made.contradictions():
+            checks.fail(contradiction.field, contradiction.rule)
+        return made
 
-def _spec(checks: Checks, spec: slot_pb2.SlotSpec) -> SlotSpec:
-    values = {name: check() for name, check in _fields(checks, spec).items()}
-    if values["end_date"] < values["start_date"]:
-        checks.fail("spec.end_date", "must not be before start_date")
-    external_id = checks.text("spec.external_id", spec.external_id, max_length=128)
-    return SlotSpec(**values, external_id=external_id)
+    def _fields(self, checks: Checks, spec: slot_pb2.SlotSpec) -> dict[str, Callable[[], Any]]:
+        """Returns the check of each field of a spec, by the names of `CHANGEABLE`."""
+
+        def day(name: str) -> date:
+            return checks.day(f"spec.{name}", getattr(spec, name)) or date.max
+
+        def opaque() -> dict[str, Any]:
+            size = sum(entry.ByteSize() + len(name.encode()) for name, entry in spec.settings.items())
+            if size > _MOST_SETTINGS_BYTES:
+                checks.fail("spec.settings", f"at most {_MOST_SETTINGS_BYTES} bytes in all, is {size}")
+            return settings(checks, "spec.settings", spec.settings)
+
+        def provider() -> str:
+            if spec.exit_provider and spec.exit_provider not in self._providers:
+                known = ", ".join(sorted(self._providers)) or "none is configured"
+                checks.fail("spec.exit_provider", f"must be a configured provider: {known}"[:400])
+            return spec.exit_provider
+
+        return {
+            "keyword": lambda: checks.text("spec.keyword", spec.keyword, min_length=1, max_length=200),
+            "code": lambda: checks.text("spec.code", spec.code, max_length=64),
+            "target": lambda: checks.text("spec.target", spec.target, max_length=128),
+            "start_date": lambda: day("start_date"),
+            "end_date": lambda: day("end_date"),
+            "daily_quota": lambda: checks.number("spec.daily_quota", spec.daily_quota, least=1, most=1_000_000),
+            "settings": opaque,
+            "is_active": lambda: spec.is_active if spec.HasField("is_active") else True,
+            "priority": lambda: checks.number("spec.priority", spec.priority, least=-1000, most=1000),
+            "weight": lambda: checks.number("spec.weight", spec.weight or 1, least=1, most=1000),
+            "without_exit": lambda: spec.without_exit,
+            "persona": lambda: _need(checks, spec),
+            "pacing": lambda: _pacing(checks, spec),
+            "exit_region": lambda: checks.text("spec.exit_region", spec.exit_region, max_length=64),
+            "exit_provider": provider,
+        }
 
 
-def _fields(checks: Checks, spec: slot_pb2.SlotSpec) -> dict[str, Callable[[], Any]]:
-    """Returns the check of each field of a spec, by the names of `CHANGEABLE`."""
-
-    def day(name: str) -> date:
-        return checks.day(f"spec.{name}", getattr(spec, name)) or date.max
-
-    def opaque() -> dict[str, Any]:
-        size = sum(entry.ByteSize() + len(name.encode()) for name, entry in spec.settings.items())
-        if size > _MOST_SETTINGS_BYTES:
-            checks.fail("spec.settings", f"at most {_MOST_SETTINGS_BYTES} bytes in all, is {size}")
-        return settings(checks, "spec.settings", spec.settings)
-
-    return {
-        "keyword": lambda: checks.text("spec.keyword", spec.keyword, min_length=1, max_length=200),
-        "code": lambda: checks.text("spec.code", spec.code, max_length=64),
-        "target": lambda: checks.text("spec.target", spec.target, max_length=128),
-        "start_date": lambda: day("start_date"),
-        "end_date": lambda: day("end_date"),
-        "daily_quota": lambda: checks.number("spec.daily_quota", spec.daily_quota, least=1, most=1_000_000),
-        "settings": opaque,
-        "is_active": lambda: spec.is_active if spec.HasField("is_active") else True,
-        "priority": lambda: checks.number("spec.priority", spec.priority, least=-1000, most=1000),
-        "weight": lambda: checks.number("spec.weight", spec.weight or 1, least=1, most=1000),
-        "without_exit": lambda: spec.without_exit,
-        "persona": lambda: _need(checks, spec),
-    }
+def _pacing(checks: Checks, spec: slot_pb2.SlotSpec) -> Pacing:
+    checks.choice("spec.pacing", spec.pacing, _PACINGS, "ASAP, EVEN")
+    return _PACINGS.get(spec.pacing, Pacing.ASAP)
 
 
 def _need(checks: Checks, spec: slot_pb2.SlotSpec) -> PersonaNeed | None:
@@ -265,6 +330,9 @@ def _message(slot: Slot) -> slot_pb2.Slot:
             weight=spec.weight,
             without_exit=spec.without_exit,
             external_id=spec.external_id,
+            pacing=_PACING_NUMBERS[spec.pacing],
+            exit_region=spec.exit_region,
+            exit_provider=spec.exit_provider,
         ),
         etag=slot.etag,
         created_at=moment(slot.created_at),
@@ -280,7 +348,7 @@ def _message(slot: Slot) -> slot_pb2.Slot:
     return message
 
 
-def _imported(row: int, answer: Slot | DomainError, created: bool) -> slot_pb2.ImportSlotsResponse:
+def _imported(row: int, answer: UUID | DomainError, created: bool) -> slot_pb2.ImportSlotsResponse:
     if isinstance(answer, DomainError):
         return slot_pb2.ImportSlotsResponse(row=row, error=item_error(answer))
-    return slot_pb2.ImportSlotsResponse(row=row, slot_id=str(answer.slot_id), created=created)
+    return slot_pb2.ImportSlotsResponse(row=row, slot_id=str(answer), created=created)

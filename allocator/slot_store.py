@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import uuid_utils.compat as uuids
 
 from allocator.errors import SlotExists, SlotNotFound, StaleVersion
-from allocator.slots import PersonaNeed, Slot, SlotChange, SlotSpec, Tracking, changed
+from allocator.slots import Pacing, PersonaNeed, Slot, SlotChange, SlotFilter, SlotSpec, Tracking, changed
 from allocator.store import Store
 from services import requests
-from services.errors import DomainError, FieldViolation, InvalidField
+from services.errors import DomainError, InvalidField
 from services.postgres import queries
 
 if TYPE_CHECKING:
     from services.postgres import Connection
 
 _SQL = queries("allocator", "slots.sql")
+
+_PACINGS = {Pacing.ASAP: 1, Pacing.EVEN: 2}
+_PACING_OF = {number: pacing for pacing, number in _PACINGS.items()}
 
 
 class SlotStore(Store):
@@ -42,21 +45,22 @@ class SlotStore(Store):
             ((answer, _),) = await _create(connection, organization_id, [spec])
             if isinstance(answer, DomainError):
                 raise answer
-            await requests.record(connection, organization_id, "CreateSlot", request_id, answer.slot_id.bytes)
-            return answer
+            await requests.record(connection, organization_id, "CreateSlot", request_id, answer.bytes)
+            (slot,) = await _read(connection, organization_id, [answer])
+            return slot
 
         return await self.atomically(work)
 
     async def create_many(
         self, organization_id: UUID, specs: Sequence[SlotSpec]
-    ) -> list[tuple[Slot | DomainError, bool]]:
+    ) -> list[tuple[UUID | DomainError, bool]]:
         """Makes slots with external ids in one transaction; each stands for itself.
 
         Returns:
-            For each the slot, or SlotExists, and whether this call made it.
+            For each the slot's id, or SlotExists, and whether this call made it.
         """
 
-        async def work(connection: Connection) -> list[tuple[Slot | DomainError, bool]]:
+        async def work(connection: Connection) -> list[tuple[UUID | DomainError, bool]]:
             return await _create(connection, organization_id, specs)
 
         return await self.atomically(work)
@@ -69,21 +73,16 @@ class SlotStore(Store):
             raise SlotNotFound(slot_id)
         return found[0]
 
-    async def page(
-        self,
-        organization_id: UUID,
-        after: UUID | None,
-        size: int,
-        *,
-        target: str | None,
-        is_active: bool | None,
-        keyword_prefix: str,
-    ) -> list[Slot]:
+    async def page(self, organization_id: UUID, after: UUID | None, size: int, wanted: SlotFilter) -> list[Slot]:
         """Returns slots by id."""
+        name, key = "page_of_slots", []
+        if wanted.external_id:
+            name, key = "page_of_slots_by_external_id", [wanted.external_id, wanted.code]
+        elif wanted.code:
+            name, key = "page_of_slots_by_code", [wanted.code]
+        filters = (wanted.target, wanted.is_active, wanted.keyword_prefix)
         async with self.database.connection() as connection:
-            rows = await connection.fetch(
-                _SQL["page_of_slots"], organization_id, after, target, is_active, keyword_prefix, size
-            )
+            rows = await connection.fetch(_SQL[name], organization_id, after, size, *filters, *key)
             return await _read(connection, organization_id, [row["slot_id"] for row in rows])
 
     async def update(
@@ -91,7 +90,7 @@ class SlotStore(Store):
     ) -> Slot:
         """Changes the given fields and writes a history row, in one transaction. Changing nothing writes nothing.
 
-        Today's quota follows a changed daily quota, but not below the units that count against it.
+        The rows of today and of days made ahead follow; a quota not below the units that count against it.
 
         Args:
             organization_id: The tenant.
@@ -104,10 +103,12 @@ class SlotStore(Store):
         Raises:
             SlotNotFound: there is no such slot.
             StaleVersion: the slot changed meanwhile, and is not as this change would leave it.
-            InvalidField: the dates, together with those that stand, are in the wrong order.
+            InvalidField: the new values do not go together with those that stand.
         """
 
         async def work(connection: Connection) -> Slot:
+            # Before the slot, as whoever makes a day's rows does.
+            days = await _hold_days(connection, organization_id)
             if await connection.fetchval(_SQL["lock_slot"], organization_id, slot_id) is None:
                 raise SlotNotFound(slot_id)
             (slot,) = await _read(connection, organization_id, [slot_id])
@@ -116,10 +117,10 @@ class SlotStore(Store):
                 return slot
             if etag and etag != slot.etag:
                 raise StaleVersion(slot_id, slot.etag)
-            if spec.end_date < spec.start_date:
-                raise InvalidField([FieldViolation("spec.end_date", "must not be before start_date")])
+            if contradictions := spec.contradictions():
+                raise InvalidField(contradictions)
             await connection.execute(_SQL["update_slot"], organization_id, slot_id, *_values(spec))
-            await connection.execute(_SQL["follow_slots"], organization_id, [slot_id])
+            await connection.execute(_SQL["follow_slots"], organization_id, days, [slot_id])
             await connection.execute(
                 _SQL["insert_change"], organization_id, slot_id, uuids.uuid7(), actor, reason, difference
             )
@@ -142,29 +143,42 @@ class SlotStore(Store):
 
 async def _create(
     connection: Connection, organization_id: UUID, specs: Sequence[SlotSpec]
-) -> list[tuple[Slot | DomainError, bool]]:
+) -> list[tuple[UUID | DomainError, bool]]:
+    days = await _hold_days(connection, organization_id)
     ids = [uuids.uuid7() for _ in specs]
-    # Inserted in the order of the external ids, so that two imports of the same rows do not wait for each other.
-    rows = sorted(zip(ids, specs, strict=True), key=lambda row: row[1].external_id)
-    values = [(slot_id, spec.external_id or None, *_values(spec), spec.sha256()) for slot_id, spec in rows]
-    await connection.execute(
+    digests = [spec.sha256() for spec in specs]
+    values = [
+        (slot_id, spec.external_id or None, *_values(spec), digest)
+        for slot_id, spec, digest in zip(ids, specs, digests, strict=True)
+    ]
+    rows = await connection.fetch(
         _SQL["insert_slots"], organization_id, *(list(column) for column in zip(*values, strict=True))
     )
-    standing = {
-        row["external_id"]: row["slot_id"]
-        for row in await connection.fetch(
-            _SQL["slots_by_external_id"], organization_id, [spec.external_id for spec in specs if spec.external_id]
-        )
-    }
-    found = {slot.slot_id: slot for slot in await _read(connection, organization_id, [*ids, *standing.values()])}
-    answers: list[tuple[Slot | DomainError, bool]] = []
-    for slot_id, spec in zip(ids, specs, strict=True):
-        slot = found[standing.get(spec.external_id, slot_id)]
-        if slot.answers(spec):
-            answers.append((slot, slot.slot_id == slot_id))
+    made = {row["slot_id"] for row in rows}
+    if made:
+        await connection.execute(_SQL["follow_slots"], organization_id, days, sorted(made))
+    repeated = [spec.external_id for slot_id, spec in zip(ids, specs, strict=True) if slot_id not in made]
+    standing: dict[str, Slot] = {}
+    if repeated:
+        rows = await connection.fetch(_SQL["slots_by_external_id"], organization_id, repeated)
+        slots = await _read(connection, organization_id, [row["slot_id"] for row in rows])
+        standing = {slot.spec.external_id: slot for slot in slots}
+    answers: list[tuple[UUID | DomainError, bool]] = []
+    for slot_id, spec, digest in zip(ids, specs, digests, strict=True):
+        if slot_id in made:
+            answers.append((slot_id, True))
+        elif (slot := standing[spec.external_id]).answers(spec, digest):
+            answers.append((slot.slot_id, False))
         else:
             answers.append((SlotExists(spec.external_id, slot.slot_id), False))
     return answers
+
+
+async def _hold_days(connection: Connection, organization_id: UUID) -> list[date]:
+    """Returns the days whose rows follow a slot: today, and those that were begun ahead; held until the commit."""
+    await connection.execute(_SQL["note_days"], organization_id)
+    today, *later = await connection.fetch(_SQL["hold_days"], organization_id)
+    return [today["work_date"], *(row["work_date"] for row in later if row["begun"])]
 
 
 def _values(spec: SlotSpec) -> tuple[Any, ...]:
@@ -182,6 +196,9 @@ def _values(spec: SlotSpec) -> tuple[Any, ...]:
         spec.weight,
         spec.without_exit,
         spec.persona.to_json() if spec.persona else None,
+        _PACINGS[spec.pacing],
+        spec.exit_region,
+        spec.exit_provider,
     )
 
 
@@ -204,6 +221,9 @@ async def _read(connection: Connection, organization_id: UUID, ids: Sequence[UUI
                 without_exit=row["without_exit"],
                 persona=PersonaNeed.from_json(row["persona_need"]),
                 external_id=row["external_id"] or "",
+                pacing=_PACING_OF[row["pacing"]],
+                exit_region=row["exit_region"],
+                exit_provider=row["exit_provider"],
             ),
             version=row["version"],
             spec_sha256=row["spec_sha256"],

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date, datetime
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
+
+from services.errors import FieldViolation
 
 Setting = bool | int | float | str
 
@@ -25,7 +28,17 @@ CHANGEABLE = (
     "weight",
     "without_exit",
     "persona",
+    "pacing",
+    "exit_region",
+    "exit_provider",
 )
+
+
+class Pacing(StrEnum):
+    """When the units of a day become available: all at midnight, or one after another until the next."""
+
+    ASAP = "asap"
+    EVEN = "even"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +65,10 @@ class PersonaNeed:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """What an operator says of a slot. The servicer has checked the limits of the contract."""
+    """What an operator says of a slot. The servicer has checked the limits of the contract.
+
+    `exit_region` is '' for any, `exit_provider` '' for the pool.
+    """
 
     keyword: str
     start_date: date
@@ -67,10 +83,29 @@ class SlotSpec:
     without_exit: bool = False
     persona: PersonaNeed | None = None
     external_id: str = ""
+    pacing: Pacing = Pacing.ASAP
+    exit_region: str = ""
+    exit_provider: str = ""
 
     def sha256(self) -> bytes:
         """Returns the digest of the contents, by which a repeated intake is recognised."""
-        return hashlib.sha256(_text(asdict(self)).encode()).digest()
+        values = _values(self)
+        # Left out while they say nothing, so that the digests of slots from before they existed stay good.
+        for name, nothing in (("pacing", Pacing.ASAP), ("exit_region", ""), ("exit_provider", "")):
+            if values[name] == nothing:
+                del values[name]
+        return hashlib.sha256(_text(values).encode()).digest()
+
+    def contradictions(self) -> list[FieldViolation]:
+        """Returns the fields that do not go together, by their paths in the contract."""
+        found = []
+        if self.end_date < self.start_date:
+            found.append(FieldViolation("spec.end_date", "must not be before start_date"))
+        if self.without_exit and self.exit_region:
+            found.append(FieldViolation("spec.exit_region", "must be empty with without_exit"))
+        if self.without_exit and self.exit_provider:
+            found.append(FieldViolation("spec.exit_provider", "must be empty with without_exit"))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +124,7 @@ class Tracking:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A slot as stored; `today` is None while its day has no counters."""
+    """A slot as stored; `today` is None while nothing was allocated on it."""
 
     slot_id: UUID
     spec: SlotSpec
@@ -104,9 +139,20 @@ class Slot:
         """The version as callers see it."""
         return str(self.version)
 
-    def answers(self, spec: SlotSpec) -> bool:
-        """Whether asking for `spec` asks for this slot: it was made so, or is so by now."""
-        return spec.sha256() == self.spec_sha256 or spec == self.spec
+    def answers(self, spec: SlotSpec, sha256: bytes) -> bool:
+        """Whether asking for `spec`, of this digest, asks for this slot: it was made so, or is so by now."""
+        return sha256 == self.spec_sha256 or spec == self.spec
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFilter:
+    """Which slots a list shows: '' and None mean any."""
+
+    target: str = ""
+    is_active: bool | None = None
+    keyword_prefix: str = ""
+    code: str = ""
+    external_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +169,16 @@ class SlotChange:
 def changed(spec: SlotSpec, given: dict[str, Any]) -> tuple[SlotSpec, str | None]:
     """Returns `spec` with the given fields, and what differs as JSON, None when nothing does."""
     new = replace(spec, **given)
-    before, after = asdict(spec), asdict(new)
+    before, after = _values(spec), _values(new)
     # Compared as text, since 1 == 1.0 == True in Python but not in a setting.
     difference = {name: [before[name], after[name]] for name in given if _text(before[name]) != _text(after[name])}
     return new, _text(difference) if difference else None
+
+
+def _values(spec: SlotSpec) -> dict[str, Any]:
+    # Not asdict, which copies all settings: most of the time of an import.
+    values = {one.name: getattr(spec, one.name) for one in fields(spec)}
+    return {**values, "persona": asdict(spec.persona) if spec.persona else None}
 
 
 def _text(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import date, datetime, timedelta
@@ -55,6 +56,8 @@ def cell(value: object) -> str:
         return value.name.lower()
     if isinstance(value, datetime):
         return f"{value.astimezone():%Y-%m-%d %H:%M:%S}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, list | tuple):
         return " ".join(cell(item) for item in value)
     if isinstance(value, bytes):
@@ -70,6 +73,22 @@ def parsed_day(_: click.Context, __: click.Parameter, value: str | None) -> date
         return date.fromisoformat(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a date such as 2026-01-31") from None
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parsed_duration(_: click.Context, __: click.Parameter, value: str | None) -> timedelta | None:
+    """Reads a duration option, such as 90s, 10m, 2h or 1d."""
+    if not value:
+        return None
+    try:
+        seconds = float(value[:-1]) * _UNITS[value[-1].lower()]
+        if not math.isfinite(seconds) or not 0 <= seconds <= 366 * 86400:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise click.BadParameter(f"{value!r} is not a duration such as 90s, 10m, 2h or 1d") from None
+    return timedelta(seconds=seconds)
 
 
 def _plain(value: object) -> Any:

@@ -3,11 +3,8 @@
 import asyncio
 import io
 import json
-import os
 import signal
-import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from muster.persona_store.v1 import persona_pb2
 from muster.session_tracker.v1 import session_pb2
 
 from services.errors import FieldViolation, InvalidField
+from tests.support.command import Muster
 from tests.support.scripted import ScriptedServer, Status, refusal
 
 MOMENT = Timestamp(seconds=1_800_000_000)
@@ -38,52 +36,7 @@ EXIT = exit_pb2.Exit(exit_id="e-1", spec=exit_pb2.ExitSpec(endpoint="http://10.0
 PERSONA = persona_pb2.Persona(
     persona_id="p-1", status=persona_pb2.PERSONA_STATUS_ACTIVE, fingerprint_sha256=b"\xab" * 32, tags=["a", "b"]
 )
-HEADER = "external_id,keyword,code,target,start_date,end_date,daily_quota,priority,needs_persona,settings\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
-class Muster:
-    """Runs `muster` in a folder of its own."""
-
-    def __init__(self, folder: Path, **variables: str) -> None:
-        self.folder = folder
-        self.environ = {name: value for name, value in os.environ.items() if not name.startswith("MUSTER_")} | variables
-
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.cli.main",
-            *arguments,
-            cwd=self.folder,
-            env=self.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-
-    async def __call__(self, *arguments: str) -> Ended:
-        process = await self.start(*arguments)
-        try:
-            async with asyncio.timeout(30):
-                out, err = await process.communicate()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-            raise
-        assert process.returncode is not None
-        assert "Traceback" not in err.decode(), err.decode()
-        return Ended(process.returncode, out.decode(), err.decode())
+HEADER = "external_id,keyword,start_date,end_date,daily_quota,priority,persona,setting.max_pages,setting.on\n"
 
 
 @pytest.fixture
@@ -137,12 +90,28 @@ async def test_slots_are_made_listed_changed_and_paused(server: ScriptedServer, 
     assert listed["spec"]["keyword"] == "노트북 [bold]"
     assert listed["created_at"] == "2027-01-15T08:00:00+00:00"
     assert server.calls["SlotService/ListSlots"][0].is_active is True
-    assert (await muster("slot", "update", "s-1", "--daily-quota", "5", "--priority", "2")).code == 0
+    changes = (
+        "--daily-quota",
+        "5",
+        "--pacing",
+        "even",
+        "--persona-tag",
+        "a",
+        "--persona-rest",
+        "60",
+        "--exit-region",
+        "",
+    )
+    assert (await muster("slot", "update", "s-1", *changes)).code == 0
+    (update,) = server.calls["SlotService/UpdateSlot"]
+    assert list(update.update_mask.paths) == ["daily_quota", "exit_region", "pacing", "persona"]
+    assert (update.spec.pacing, update.spec.exit_region) == (slot_pb2.PACING_EVEN, "")
+    assert update.spec.persona == slot_pb2.PersonaNeed(tags=["a"], cool_down_seconds=60)
+    assert (await muster("slot", "update", "s-1", "--needs-no-persona", "--persona-tag", "a")).code == 2
+    assert (await muster("slot", "update", "s-1")).code == 2
+    server.on("SlotService/PauseSlot", slot_pb2.PauseSlotResponse(slot=SLOT))
     assert (await muster("slot", "pause", "s-1", "--reason", "holiday")).out == "paused\n"
-    update, pause = server.calls["SlotService/UpdateSlot"]
-    assert list(update.update_mask.paths) == ["daily_quota", "priority"]
-    assert list(pause.update_mask.paths) == ["is_active"]
-    assert (pause.spec.is_active, pause.reason) == (False, "holiday")
+    assert server.calls["SlotService/PauseSlot"][0].reason == "holiday"
     assert "[1, 2]" in (await muster("slot", "history", "s-1")).out
 
 
@@ -159,12 +128,11 @@ async def test_a_csv_is_imported_row_by_row_and_a_refused_row_fails_the_command(
 
     server.on("SlotService/ImportSlots", take)
     file = muster.folder / "slots.csv"
-    good = 'a,json,PY,pydoc,2026-01-01,2026-12-31,4,5,true,"{""max_pages"":4,""on"":false}"\n'
-    file.write_text("\ufeff" + HEADER + good + "b,노트북,,,2026-01-01,2026-12-31,4,,,\n", encoding="utf-8")
-    report = (await muster("slot", "import", "slots.csv", "--json")).json()
-    assert [(line["row"], line["external_id"], line["result"]) for line in report] == [
-        (2, "a", "created"),
-        (3, "b", "stands"),
+    good = "a,json,2026-01-01,2026-12-31,4,5,true,4,false\n"
+    file.write_text("\ufeff" + HEADER + good + "b,노트북,2026-01-01,2026-12-31,4,,,,\n", encoding="utf-8")
+    assert (await muster("slot", "import", "slots.csv", "--json")).json_lines() == [
+        {"row": 2, "external_id": "a", "slot_id": "slot", "result": "created"},
+        {"row": 3, "external_id": "b", "slot_id": "slot", "result": "stands"},
     ]
     first, second = server.calls["SlotService/ImportSlots"]
     assert first.spec.settings["max_pages"].int_value == 4
@@ -172,49 +140,46 @@ async def test_a_csv_is_imported_row_by_row_and_a_refused_row_fails_the_command(
     assert (first.spec.priority, first.spec.HasField("persona")) == (5, True)
     assert (second.spec.priority, second.spec.HasField("persona"), second.spec.keyword) == (0, False, "노트북")
     rows = (
-        "c,k,,,2026-01-01,2026-12-31,0,,,\n"
-        "d,k,,,tomorrow,2026-12-31,many,,maybe,[1]\n"
-        "e,k,,,2026-01-01\n"
-        ",k,,,2026-01-01,2026-12-31,1,,,\n"
-        "f,k,,,2026-01-01,2026-12-31,1,,,\n"
+        "c,k,2026-01-01,2026-12-31,0,,,,\n"
+        "d,k,tomorrow,2026-12-31,many,,maybe,,\n"
+        "e,k,2026-01-01\n"
+        "f,k,2026-01-01,2026-12-31,1,,,,\n"
     )
     file.write_text(HEADER + rows, encoding="utf-8")
-    ended = await muster("slot", "import", "slots.csv", "--json")
+    ended = await muster("slot", "import", "slots.csv")
     assert ended.code == 1
-    assert ended.err == "Error: 4 of 5 rows were refused\n"
-    results = " ".join(line["result"] for line in json.loads(ended.out))
+    assert ended.err.splitlines()[-1] == "Error: 1 created, 0 stood already, 3 refused, of 4 row(s)"
     for said in (
-        "INVALID_FIELD",
-        "must be from 1",
-        "start_date: Invalid isoformat string",
-        "daily_quota: must be a whole number, is 'many'",
-        "needs_persona: must be true or false, is 'maybe'",
-        "settings: must be a JSON object",
-        "another number of columns",
-        "external_id: required",
+        "row 2 (c): INVALID_FIELD: daily_quota: must be from 1",
+        "row 3 (d): INVALID_FIELD: start_date: must be a date YYYY-MM-DD, is 'tomorrow'; daily_quota: must be a whole",
+        "persona: must be true or false, is 'maybe'",
+        "row 4: INVALID_FIELD: row: has 3 columns, and the first line 9",
     ):
-        assert said in results
+        assert said in ended.err
     assert len(server.calls["SlotService/ImportSlots"]) == 4
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"keyword,colour\n", "unknown columns colour; missing columns daily_quota, end_date, external_id, start_date"),
+        (b"keyword,colour\n", "unknown columns colour; missing columns external_id, start_date, end_date, daily_quota"),
         (b"", "missing columns"),
-        (b"\xff\xfe\x00", "cannot be read as CSV in UTF-8"),
-        (HEADER.encode() + b'a,"never closed\n', "cannot be read as CSV"),
+        (b"\xff\xfe\x00", "unknown columns"),
+        (HEADER.encode().replace(b"persona", b"setting.on"), "repeated columns setting.on"),
     ],
 )
-async def test_a_file_that_is_no_such_csv_is_refused_in_one_line(muster: Muster, content: bytes, said: str) -> None:
+async def test_a_file_that_is_no_such_csv_is_refused_in_one_line_before_anything_is_sent(
+    server: ScriptedServer, muster: Muster, content: bytes, said: str
+) -> None:
     (muster.folder / "slots.csv").write_bytes(content)
     ended = await muster("slot", "import", "slots.csv")
     assert ended.code == 1
     assert said in ended.err
     assert len(ended.err.splitlines()) == 1
+    assert not server.calls["SlotService/ImportSlots"]
 
 
-async def test_an_import_that_breaks_off_says_how_many_rows_have_no_answer(
+async def test_an_import_that_breaks_off_says_how_many_rows_have_an_answer(
     server: ScriptedServer, muster: Muster
 ) -> None:
     async def breaks(rows: Any, context: Any) -> AsyncIterator[slot_pb2.ImportSlotsResponse]:
@@ -223,12 +188,12 @@ async def test_an_import_that_breaks_off_says_how_many_rows_have_no_answer(
             await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
 
     server.on("SlotService/ImportSlots", breaks)
-    lines = "".join(f"x{number},k,,,2026-01-01,2026-12-31,1,,,\n" for number in range(5))
+    lines = "".join(f"x{number},k,2026-01-01,2026-12-31,1,,,,\n" for number in range(5))
     (muster.folder / "slots.csv").write_text(HEADER + lines)
-    ended = await muster("slot", "import", "slots.csv")
+    ended = await muster("slot", "import", "slots.csv", "--json")
     assert ended.code == 1
-    assert "4 row(s) have no answer: import the file again" in ended.err
-    assert "created" in ended.out
+    assert "1 row(s) have an answer: import the file again" in ended.err
+    assert [line["result"] for line in ended.json_lines()] == ["created"]
 
 
 async def test_exits_and_the_explanation(server: ScriptedServer, muster: Muster) -> None:

@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 from muster import (
     AllocationStatus,
+    BlockerKind,
     Client,
     ExitSpec,
     Job,
@@ -224,6 +225,23 @@ async def test_a_worker_that_is_told_goodbye_for_gives_everything_back(suite: Su
             break
     totals = await suite.operator.insight.totals()
     assert (totals.leased, totals.today.released) == (0, 1)
+
+
+async def test_a_worker_that_is_drained_finishes_what_it_holds_and_takes_nothing_new(suite: Suite) -> None:
+    await suite.operator.slots.create(SlotSpec(**{**_fields(SLOT), "without_exit": True, "daily_quota": 9}))
+    done = []
+    async with asyncio.timeout(20), Worker(suite.worker, client_id="pc-1") as worker:
+        async for job in worker.jobs():
+            async with job:
+                machine = await suite.operator.machines.set_draining("pc-1", True)
+                assert (machine.draining, machine.leases) == (True, 1)
+                done.append(await job.succeed())
+        assert worker.stopping
+    assert done == [ResultDisposition.RECORDED]
+    (machine,) = [found async for found in suite.operator.machines.list()]
+    assert machine.leases == 0
+    explained = await suite.operator.insight.explain(client_id="pc-1")
+    assert explained.blockers[0].kind is BlockerKind.CLIENT_DRAINING
 
 
 async def test_a_worker_may_not_administer_and_strangers_may_nothing(suite: Suite) -> None:

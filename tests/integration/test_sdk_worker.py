@@ -13,10 +13,11 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from muster import Client, Job, Product, ResultDisposition, Worker, errors
+from muster import Client, ExitSignal, Job, Product, ResultDisposition, Worker, errors
 from muster.allocator.v1 import work_pb2
 from muster.persona_store.v1 import bundle_pb2, persona_pb2
 from muster.session_tracker.v1 import session_pb2
+from muster.work import AssignedExit
 
 from tests.support.house import (
     ALLOCATE,
@@ -114,6 +115,52 @@ async def test_a_block_carries_its_kind_and_how_long_to_stay_away(house: House, 
     assert result.outcome == work_pb2.WORK_OUTCOME_BLOCKED
     assert (result.block_type, result.error_message) == ("http_429", "later")
     assert result.retry_after.ToTimedelta() == timedelta(hours=24)
+
+
+async def test_a_result_says_what_its_run_says_of_the_exit_and_what_the_target_asks_for(
+    house: House, client: Client
+) -> None:
+    house.work(unit("limited"), unit("broken"), unit("plain"))
+
+    async def body(job: Job) -> None:
+        if job.keyword == "limited":
+            job.exit_signal, job.crawl_delay = ExitSignal.RATE_LIMITED, timedelta(hours=9)
+            await job.blocked("http_429")
+        elif job.keyword == "broken":
+            # Said before the body breaks, it goes with the failure that is recorded for it.
+            job.exit_signal = ExitSignal.TRANSPORT_ERROR
+            raise ConnectionResetError("the proxy hung up")
+        else:
+            await job.succeed()
+
+    await run(client, body)
+    limited, broken, plain = house.results()
+    assert (limited.exit_signal, limited.crawl_delay.ToTimedelta()) == (
+        work_pb2.EXIT_SIGNAL_RATE_LIMITED,
+        timedelta(hours=1),
+    )
+    assert (broken.outcome, broken.exit_signal) == (
+        work_pb2.WORK_OUTCOME_FAILED,
+        work_pb2.EXIT_SIGNAL_TRANSPORT_ERROR,
+    )
+    assert plain.exit_signal == work_pb2.EXIT_SIGNAL_UNSPECIFIED
+    assert not plain.HasField("crawl_delay")
+
+
+async def test_an_external_exit_tells_its_provider_and_address(house: House, client: Client) -> None:
+    external = unit()
+    external.exit.CopyFrom(
+        work_pb2.AssignedExit(endpoint="http://127.0.0.1:1", region="kr", provider="vpn", exit_ip="203.0.113.7")
+    )
+    house.work(external)
+    seen = []
+
+    async def body(job: Job) -> None:
+        seen.append(job.exit)
+        await job.succeed()
+
+    await run(client, body)
+    assert seen == [AssignedExit("", "http://127.0.0.1:1", "kr", "vpn", "203.0.113.7")]
 
 
 async def test_leaving_without_a_result_gives_the_unit_back(house: House, client: Client) -> None:

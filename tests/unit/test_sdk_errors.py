@@ -6,8 +6,8 @@ from importlib import import_module
 
 import muster
 import pytest
-from muster import archives, errors, exits, insight, personas, reports, results, values, work
-from muster.allocator.v1 import exit_pb2, insight_pb2, work_pb2
+from muster import archives, errors, exits, insight, personas, reports, results, slot_specs, values, work
+from muster.allocator.v1 import exit_pb2, insight_pb2, slot_pb2, work_pb2
 from muster.archiver.v1 import archive_pb2
 from muster.calls import item_error, may_repeat, pause_seconds
 from muster.persona_store.v1 import checkout_pb2, persona_pb2
@@ -55,6 +55,8 @@ def test_the_error_of_an_item_is_as_typed_as_that_of_a_call() -> None:
         (work.BlockerKind, work_pb2.BlockerKind),
         (results.WorkOutcome, work_pb2.WorkOutcome),
         (results.ResultDisposition, work_pb2.ResultDisposition),
+        (results.ExitSignal, work_pb2.ExitSignal),
+        (slot_specs.Pacing, slot_pb2.Pacing),
         (exits.ExitCapMode, exit_pb2.ExitCapMode),
         (insight.AllocationStatus, insight_pb2.AllocationStatus),
         (personas.PersonaStatus, persona_pb2.PersonaStatus),

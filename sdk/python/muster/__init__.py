@@ -21,6 +21,7 @@ _HOMES = {
     "worker": ("Worker",),
     "jobs": ("Job",),
     "results": (
+        "ExitSignal",
         "Lease",
         "Product",
         "ResultDisposition",
@@ -35,15 +36,18 @@ _HOMES = {
         "BlockerKind",
         "ClientIdentity",
     ),
-    "slots": (
+    "slot_specs": (
         "SlotSpec",
         "PersonaNeed",
-        "Slot",
+        "Pacing",
     ),
+    "slots": ("Slot",),
     "exits": (
+        "ExitCapMode",
         "ExitSpec",
         "Exit",
     ),
+    "targets": ("TargetPolicy",),
     "insight": ("AllocationStatus",),
     "personas": (
         "Persona",
@@ -162,6 +166,7 @@ if TYPE_CHECKING:
     from muster.errors import Unavailable as Unavailable
     from muster.errors import Unimplemented as Unimplemented
     from muster.exits import Exit as Exit
+    from muster.exits import ExitCapMode as ExitCapMode
     from muster.exits import ExitSpec as ExitSpec
     from muster.insight import AllocationStatus as AllocationStatus
     from muster.jobs import Job as Job
@@ -172,6 +177,7 @@ if TYPE_CHECKING:
     from muster.profile import ProfileRefused as ProfileRefused
     from muster.reports import ProgressUpdate as ProgressUpdate
     from muster.reports import SessionState as SessionState
+    from muster.results import ExitSignal as ExitSignal
     from muster.results import Lease as Lease
     from muster.results import Product as Product
     from muster.results import ResultDisposition as ResultDisposition
@@ -182,9 +188,11 @@ if TYPE_CHECKING:
     from muster.sessions import SessionEnd as SessionEnd
     from muster.sessions import SessionFilter as SessionFilter
     from muster.sessions import SessionStart as SessionStart
-    from muster.slots import PersonaNeed as PersonaNeed
+    from muster.slot_specs import Pacing as Pacing
+    from muster.slot_specs import PersonaNeed as PersonaNeed
+    from muster.slot_specs import SlotSpec as SlotSpec
     from muster.slots import Slot as Slot
-    from muster.slots import SlotSpec as SlotSpec
+    from muster.targets import TargetPolicy as TargetPolicy
     from muster.work import Allocation as Allocation
     from muster.work import AssignedExit as AssignedExit
     from muster.work import AssignedPersona as AssignedPersona

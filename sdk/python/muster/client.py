@@ -8,15 +8,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from muster.acts import Acts
 from muster.archives import Archive
 from muster.bundles import Bundles
 from muster.calls import RetryPolicy, Transport
 from muster.errors import NotConfigured
 from muster.exits import Exits
 from muster.insight import Insight
+from muster.machines import Machines
 from muster.personas import Personas
 from muster.sessions import Sessions
 from muster.slots import Slots
+from muster.targets import Targets
 from muster.work import Work
 
 
@@ -37,8 +40,11 @@ class Client:
         policy: How long calls may take.
         work: Demands for work, leases and results.
         slots: Work slots.
-        exits: Pooled exits.
-        insight: Explanations and live figures of the allocator.
+        exits: Pooled exits and external providers.
+        targets: Politeness and back-off.
+        machines: The clients of the fleet.
+        insight: Explanations, live figures and reports of the allocator.
+        acts: What operators do by hand, and the audit.
         personas: Personas and leases on them.
         bundles: The bytes of personas.
         sessions: Live progress and final results.
@@ -64,7 +70,10 @@ class Client:
         self.work = Work(allocation)
         self.slots = Slots(allocation)
         self.exits = Exits(allocation)
+        self.targets = Targets(allocation)
+        self.machines = Machines(allocation)
         self.insight = Insight(allocation)
+        self.acts = Acts(allocation)
         self.personas = Personas(identities)
         self.bundles = Bundles(identities)
         self.sessions = Sessions(tracking)

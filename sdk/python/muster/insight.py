@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from enum import IntEnum
 
 from muster import values
 from muster.allocator.v1 import insight_pb2, insight_pb2_grpc
 from muster.calls import Transport
 from muster.slots import DailyTracking, tracking
-from muster.work import BlockerKind
+from muster.values import Setting
+from muster.work import BlockerKind, ClientIdentity, NoWork, identity_message, no_work
 
 
 class AllocationStatus(IntEnum):
@@ -60,6 +61,27 @@ class WorkTotals:
     today: DailyTracking
     check_ins_pending: int
     quarantined: int
+    available_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedUnit:
+    """One unit that would be handed out; `exit_id` and `exit_provider` are empty when it would have none."""
+
+    slot_id: str
+    keyword: str
+    target: str
+    exit_id: str
+    exit_provider: str
+    needs_persona: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What a client would get now: units, or the reason why there would be none."""
+
+    units: tuple[SimulatedUnit, ...]
+    no_work: NoWork | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +92,52 @@ class DashboardRow:
     keyword: str
     tracking: DailyTracking
     completion_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPerformance:
+    """One client's day, by its results' time."""
+
+    client_id: str
+    client_name: str
+    client_ip: str
+    active_instances: int
+    tasks: int
+    mean_execution: timedelta
+    succeeded: int
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsEffect:
+    """What came of one combination of settings; the rate lies between `rate_low` and `rate_high` (95 %, Wilson)."""
+
+    settings: Mapping[str, Setting]
+    results: int
+    succeeded: int
+    mean_execution: timedelta
+    success_rate: float
+    rate_low: float
+    rate_high: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCount:
+    """One kind of block in the last hour, and the distinct clients it came from."""
+
+    block_type: str
+    count: int
+    affected_clients: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientActivity:
+    """One client's last hour."""
+
+    client_id: str
+    last_activity: datetime
+    instances_used: int
+    folders_used: int
+    reports: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +168,18 @@ class Insight:
     def _stub(self) -> insight_pb2_grpc.InsightServiceAsyncStub:
         return self._transport.stub(insight_pb2_grpc.InsightServiceStub)
 
-    async def explain(self, *, slot_id: str = "", target: str = "", region: str = "") -> Explanation:
-        """Says why a slot, or the whole organization, gets no work.
+    async def explain(
+        self, *, slot_id: str = "", target: str = "", region: str = "", client_id: str = ""
+    ) -> Explanation:
+        """Says why a slot, or the whole organization, gets no work, as any client or this one sees it.
 
         Raises:
             NotFound: the organization has no such slot.
             MusterError: it was refused, or did not succeed in time.
         """
-        request = insight_pb2.ExplainAllocationRequest(slot_id=slot_id, target=target, region=region)
+        request = insight_pb2.ExplainAllocationRequest(
+            slot_id=slot_id, target=target, region=region, client_id=client_id
+        )
         answer = await self._transport.call(self._stub.ExplainAllocation, request)
         blockers = tuple(
             Blocker(
@@ -121,6 +193,24 @@ class Insight:
             for item in answer.blockers
         )
         return Explanation(blockers, answer.available_units)
+
+    async def simulate(
+        self, client: ClientIdentity, *, max_items: int = 1, target: str = "", region: str = ""
+    ) -> Simulation:
+        """Says what a client would get now, without leasing anything; the arguments are those of `Work.allocate`.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = insight_pb2.SimulateAllocationRequest(
+            client=identity_message(client), max_items=max_items, target=target, region=region
+        )
+        answer = await self._transport.call(self._stub.SimulateAllocation, request)
+        units = tuple(
+            SimulatedUnit(unit.slot_id, unit.keyword, unit.target, unit.exit_id, unit.exit_provider, unit.needs_persona)
+            for unit in answer.units
+        )
+        return Simulation(units, no_work(answer) if answer.HasField("no_work") else None)
 
     async def totals(self) -> WorkTotals:
         """Reads the live figures, at most a second old.
@@ -140,6 +230,7 @@ class Insight:
             tracking(answer.today),
             answer.check_ins_pending,
             answer.quarantined,
+            answer.available_units,
         )
 
     async def dashboard(self, work_date: date | None = None, *, page_size: int = 100) -> AsyncIterator[DashboardRow]:
@@ -153,6 +244,81 @@ class Insight:
         async for answer in self._transport.pages(self._stub.GetDashboard, request):
             for row in answer.rows:
                 yield DashboardRow(row.slot_id, row.keyword, tracking(row.tracking), row.completion_rate)
+
+    async def client_performance(self, work_date: date | None = None) -> tuple[ClientPerformance, ...]:
+        """Reads one day's results by client, most first; None means today.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        day = work_date.isoformat() if work_date else ""
+        request = insight_pb2.GetClientPerformanceRequest(work_date=day)
+        answer = await self._transport.call(self._stub.GetClientPerformance, request)
+        return tuple(
+            ClientPerformance(
+                item.client_id,
+                item.client_name,
+                item.client_ip,
+                item.active_instances,
+                item.tasks,
+                timedelta(milliseconds=item.mean_execution_ms),
+                item.succeeded,
+            )
+            for item in answer.clients
+        )
+
+    async def settings_effect(self, settings: Sequence[str] = (), *, target: str = "") -> tuple[SettingsEffect, ...]:
+        """Reads the results of the last 7 days by the settings that were applied, the best first.
+
+        Args:
+            settings: Only these tell groups apart, up to 16; empty for all that were applied.
+            target: Only slots with this target; empty for any.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = insight_pb2.GetSettingsEffectRequest(settings=settings, target=target)
+        answer = await self._transport.call(self._stub.GetSettingsEffect, request)
+        return tuple(
+            SettingsEffect(
+                values.plain_settings(item.settings),
+                item.results,
+                item.succeeded,
+                timedelta(milliseconds=item.mean_execution_ms),
+                item.success_rate,
+                item.rate_low,
+                item.rate_high,
+            )
+            for item in answer.groups
+        )
+
+    async def blocks(self) -> tuple[BlockCount, ...]:
+        """Reads the blocked results of the last hour by type, most first.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        answer = await self._transport.call(self._stub.GetBlockReport, insight_pb2.GetBlockReportRequest())
+        return tuple(BlockCount(item.block_type, item.count, item.affected_clients) for item in answer.blocks)
+
+    async def client_activity(self, client_id: str = "", *, client_ip: str = "") -> tuple[ClientActivity, ...]:
+        """Reads what one client, or the clients behind one address, did in the last hour.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = insight_pb2.GetClientActivityRequest(client_id=client_id, client_ip=client_ip)
+        answer = await self._transport.call(self._stub.GetClientActivity, request)
+        return tuple(
+            ClientActivity(
+                item.client_id,
+                values.required_moment(item, "last_activity"),
+                item.instances_used,
+                item.folders_used,
+                item.reports,
+            )
+            for item in answer.clients
+        )
 
     async def allocations(
         self,

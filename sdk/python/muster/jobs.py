@@ -21,7 +21,7 @@ from muster.personas import Generation
 from muster.profile import pack
 from muster.progress import Reporter
 from muster.reports import ProgressUpdate, SessionState
-from muster.results import Product, ResultDisposition, SubmittedResult, WorkOutcome, WorkResult
+from muster.results import ExitSignal, Product, ResultDisposition, SubmittedResult, WorkOutcome, WorkResult
 from muster.sessions import SessionEnd, SessionStart
 from muster.values import Setting
 from muster.work import AssignedExit, AssignedPersona, ClientIdentity
@@ -33,6 +33,7 @@ _log = logging.getLogger("muster.worker")
 _SUBMIT_SECONDS = 300.0
 _RELEASE_SECONDS = 5.0
 _LONGEST = timedelta(hours=24)
+_LONGEST_DELAY = timedelta(hours=1)
 _UINT32 = 2**32 - 1
 _STATES = {
     WorkOutcome.SUCCEEDED: SessionState.COMPLETED,
@@ -54,6 +55,8 @@ class Job:
         applied_settings: What was really applied, for the effect report; the job's settings unless you assign others.
         persona_used: Whether the persona was really used, which moves its counters; set when its bundle is loaded or
             saved.
+        exit_signal: What the run says of its exit; assign it before the result, such as RATE_LIMITED for a 429.
+        crawl_delay: The delay between requests that the target asks for (robots.txt); assign it before the result.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class Job:
         self.lease_lost = held.lost
         self.applied_settings: Mapping[str, Setting] = self.settings
         self.persona_used = False
+        self.exit_signal = ExitSignal.UNSPECIFIED
+        self.crawl_delay: timedelta | None = None
         keeper.hold(held)
         reporter.begin(self._session(), self._told_lost)
 
@@ -317,6 +322,8 @@ class Job:
             retry_after=retry_after,
             error_message=_plain(message, 1024),
             persona_used=self.persona_used,
+            exit_signal=self.exit_signal,
+            crawl_delay=min(self.crawl_delay, _LONGEST_DELAY) if self.crawl_delay is not None else None,
         )
         try:
             answers = await self._client.work.submit(self._identity, [result], total_seconds=_SUBMIT_SECONDS)

@@ -32,6 +32,19 @@ class ResultDisposition(IntEnum):
     QUARANTINED = 3
 
 
+class ExitSignal(IntEnum):
+    """What a run says of its exit towards the target; each kind has a cool-down of its own.
+
+    RATE_LIMITED: 429. BLOCKED: 403, a captcha, a ban. TRANSPORT_ERROR: the exit did not carry the connection.
+    UNSPECIFIED: BLOCKED for the outcome BLOCKED, else nothing.
+    """
+
+    UNSPECIFIED = 0
+    RATE_LIMITED = 1
+    BLOCKED = 2
+    TRANSPORT_ERROR = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """Names a lease and proves that the caller holds it."""
@@ -74,6 +87,8 @@ class WorkResult:
         retry_after: How long the target asked to be left alone; None when it did not say.
         error_message: Up to 1024 characters.
         persona_used: Whether the persona was really used; its counters move only then.
+        exit_signal: What the run says of its exit.
+        crawl_delay: The delay between requests that the target asks for, up to 1 h; None when it did not say.
     """
 
     lease: Lease
@@ -86,6 +101,8 @@ class WorkResult:
     retry_after: timedelta | None = None
     error_message: str = ""
     persona_used: bool = False
+    exit_signal: ExitSignal = ExitSignal.UNSPECIFIED
+    crawl_delay: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +142,8 @@ def result_message(result: WorkResult) -> work_pb2.WorkResult:
         retry_after=values.duration(result.retry_after),
         error_message=result.error_message,
         persona_used=result.persona_used,
+        exit_signal=work_pb2.ExitSignal.ValueType(result.exit_signal),
+        crawl_delay=values.duration(result.crawl_delay),
     )
 
 

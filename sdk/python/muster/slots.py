@@ -2,77 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import date, datetime
-from typing import Any
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, BinaryIO
 
-import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from muster import values
 from muster.allocator.v1 import slot_pb2, slot_pb2_grpc
-from muster.calls import Transport, item_error
-from muster.errors import DeadlineExceeded, MusterError
-from muster.values import Setting
-
-# The contract's bound on rows that are sent and not yet answered.
-_UNANSWERED_ROWS = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class PersonaNeed:
-    """Which personas may do a slot's work; without criteria any active one.
-
-    Attributes:
-        tags: It must have them all, up to 16.
-        region: Its region; empty for any.
-        min_aging_level: 0 to 100.
-        cool_down_seconds: How long it must have rested, up to a year.
-    """
-
-    tags: Sequence[str] = ()
-    region: str = ""
-    min_aging_level: int = 0
-    cool_down_seconds: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SlotSpec:
-    """What an operator says of a slot.
-
-    Attributes:
-        keyword: What to work on, 1 to 200 characters.
-        start_date: The first day of work.
-        end_date: The last day of work.
-        daily_quota: The most units a day, 1 to 1,000,000.
-        code: A code of the site's own, up to 64 characters.
-        target: What politeness and health are kept by, up to 128 characters.
-        settings: For the worker, opaque to the service: up to 64, 16 KiB in all.
-        is_active: Whether work is handed out.
-        priority: Higher goes first, -1000 to 1000.
-        weight: The share among slots of equal priority, 1 to 1000; 0 means 1.
-        without_exit: Whether a unit needs no exit.
-        persona: Which personas may do the work; None when it needs none.
-        external_id: An external site's id, unique in the organization, up to 128 characters.
-    """
-
-    keyword: str
-    start_date: date
-    end_date: date
-    daily_quota: int
-    code: str = ""
-    target: str = ""
-    settings: Mapping[str, Setting] = field(default_factory=dict)
-    is_active: bool = True
-    priority: int = 0
-    weight: int = 0
-    without_exit: bool = False
-    persona: PersonaNeed | None = None
-    external_id: str = ""
+from muster.calls import Transport
+from muster.slot_files import Row, read_csv, read_jsonl
+from muster.slot_import import ImportedSlot, import_slots
+from muster.slot_specs import SlotSpec, plain_spec, spec_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +46,6 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class ImportedSlot:
-    """The answer to one row: the slot, created or standing, or why the row was refused."""
-
-    row: int
-    slot_id: str
-    created: bool
-    error: MusterError | None
-
-
-@dataclass(frozen=True, slots=True)
 class SlotChange:
     """One change of a slot; `difference` maps a field to its old and new value."""
 
@@ -138,7 +72,7 @@ class Slots:
             SlotExists: another slot has its `external_id`.
             MusterError: it was refused, or did not succeed in time.
         """
-        request = slot_pb2.CreateSlotRequest(request_id=str(uuid.uuid4()), spec=_spec_message(spec))
+        request = slot_pb2.CreateSlotRequest(request_id=str(uuid.uuid4()), spec=spec_message(spec))
         answer = await self._transport.call(self._stub.CreateSlot, request)
         return _slot(answer.slot)
 
@@ -153,15 +87,27 @@ class Slots:
         return _slot(answer.slot)
 
     async def list(
-        self, *, target: str = "", is_active: bool | None = None, keyword_prefix: str = "", page_size: int = 100
+        self,
+        *,
+        target: str = "",
+        is_active: bool | None = None,
+        keyword_prefix: str = "",
+        code: str = "",
+        external_id: str = "",
+        page_size: int = 100,
     ) -> AsyncIterator[Slot]:
-        """Yields the organization's slots by id, page after page.
+        """Yields the organization's slots by id, page after page; an empty filter shows any.
 
         Raises:
             MusterError: it was refused, or did not succeed in time.
         """
         request = slot_pb2.ListSlotsRequest(
-            page_size=page_size, target=target, is_active=is_active, keyword_prefix=keyword_prefix
+            page_size=page_size,
+            target=target,
+            is_active=is_active,
+            keyword_prefix=keyword_prefix,
+            code=code,
+            external_id=external_id,
         )
         async for answer in self._transport.pages(self._stub.ListSlots, request):
             for slot in answer.slots:
@@ -185,7 +131,7 @@ class Slots:
         """
         request = slot_pb2.UpdateSlotRequest(
             slot_id=slot_id,
-            spec=_spec_message(spec),
+            spec=spec_message(spec),
             update_mask=FieldMask(paths=fields),
             etag=etag,
             reason=reason,
@@ -194,37 +140,73 @@ class Slots:
         answer = await self._transport.call(self._stub.UpdateSlot, request, idempotent=False)
         return _slot(answer.slot)
 
-    async def import_rows(self, rows: Iterable[tuple[int, SlotSpec]]) -> AsyncIterator[ImportedSlot]:
+    async def pause(self, slot_id: str, *, reason: str = "") -> Slot:
+        """Switches a slot off. Live leases go on.
+
+        Raises:
+            NotFound: the organization has no such slot.
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = slot_pb2.PauseSlotRequest(slot_id=slot_id, reason=reason)
+        return _slot((await self._transport.call(self._stub.PauseSlot, request)).slot)
+
+    async def resume(self, slot_id: str, *, reason: str = "") -> Slot:
+        """Switches a slot on again.
+
+        Raises:
+            NotFound: the organization has no such slot.
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = slot_pb2.ResumeSlotRequest(slot_id=slot_id, reason=reason)
+        return _slot((await self._transport.call(self._stub.ResumeSlot, request)).slot)
+
+    def import_rows(self, rows: Iterable[tuple[int, SlotSpec]]) -> AsyncIterator[ImportedSlot]:
         """Sends rows with their numbers and yields the answer to each, in the order in which they come.
 
-        Needs an `external_id` in every row, which makes it safe to send the same rows again after an error.
+        Needs an `external_id` in every row, which makes it safe to send the same rows again after an error. At most
+        1,000 rows are in memory at a time.
 
         Raises:
             MusterError: the stream was refused or broke off; rows without an answer may have been taken.
         """
-        room = asyncio.Semaphore(_UNANSWERED_ROWS)
+        return import_slots(self._transport, (Row(number, spec.external_id, spec) for number, spec in rows))
 
-        async def requests() -> AsyncIterator[slot_pb2.ImportSlotsRequest]:
-            for row, spec in rows:
-                await room.acquire()
-                yield slot_pb2.ImportSlotsRequest(row=row, spec=_spec_message(spec))
+    def import_csv(self, file: BinaryIO) -> AsyncIterator[ImportedSlot]:
+        """Makes the slots of a CSV file, as `import_rows` does; its rows are named by the lines they begin on.
 
-        call = self._stub.ImportSlots(requests(), metadata=self._transport.metadata)
-        try:
-            while True:
-                async with asyncio.timeout(self._transport.policy.total_seconds):
-                    answer = await call.read()
-                if not isinstance(answer, slot_pb2.ImportSlotsResponse):
-                    return
-                room.release()
-                error = item_error(answer.error) if answer.HasField("error") else None
-                yield ImportedSlot(answer.row, answer.slot_id, answer.created, error)
-        except TimeoutError:
-            raise DeadlineExceeded("DEADLINE_EXCEEDED", "", "the import's stream stands still: repeat it") from None
-        except grpc.aio.AioRpcError as error:
-            raise self._transport.restored(error) from None
-        finally:
-            call.cancel()
+        The first line names the columns: the fields of `SlotSpec`, of which external_id, keyword, start_date, end_date
+        and daily_quota are required; a column `setting.<name>` for each setting; and `persona.tags` (apart by spaces),
+        `persona.region`, `persona.min_aging_level` and `persona.cool_down_seconds`, or `persona` (true or false) for a
+        persona without criteria. An empty cell says nothing.
+
+        A setting's cell is what JSON reads in it, if that is true, false, a number or a text in double quotes, and else
+        the text itself. In a column `setting.<name>:bool`, `:int`, `:double` or `:text` it is always of that type.
+
+        A row that is no slot, or whose external_id stands in the file before, is answered with `InvalidField` and
+        stops no other. External ids are kept in memory for that: about 100 bytes for each.
+
+        Args:
+            file: In UTF-8, opened in binary mode.
+
+        Raises:
+            ValueError: the first line is not usable, such as for an unknown column; nothing was sent.
+            MusterError: the stream was refused or broke off; rows without an answer may have been taken.
+        """
+        return import_slots(self._transport, read_csv(file))
+
+    def import_jsonl(self, file: BinaryIO) -> AsyncIterator[ImportedSlot]:
+        """Makes the slots of a file with a JSON object in each line, as `import_csv` does.
+
+        An object has the fields of `SlotSpec`, with `settings` as an object, whose values keep their JSON types, and
+        `persona` as an object of the fields of `PersonaNeed` or true for one without criteria.
+
+        Args:
+            file: In UTF-8, opened in binary mode.
+
+        Raises:
+            MusterError: the stream was refused or broke off; rows without an answer may have been taken.
+        """
+        return import_slots(self._transport, read_jsonl(file))
 
     async def history(self, slot_id: str, *, page_size: int = 100) -> AsyncIterator[SlotChange]:
         """Yields the changes of a slot, newest first.
@@ -257,53 +239,10 @@ def tracking(message: slot_pb2.DailyTracking) -> DailyTracking:
     )
 
 
-def _spec_message(spec: SlotSpec) -> slot_pb2.SlotSpec:
-    need = spec.persona
-    return slot_pb2.SlotSpec(
-        keyword=spec.keyword,
-        code=spec.code,
-        target=spec.target,
-        start_date=spec.start_date.isoformat(),
-        end_date=spec.end_date.isoformat(),
-        daily_quota=spec.daily_quota,
-        settings=values.setting_values(spec.settings),
-        is_active=spec.is_active,
-        priority=spec.priority,
-        weight=spec.weight,
-        without_exit=spec.without_exit,
-        persona=slot_pb2.PersonaNeed(
-            tags=need.tags,
-            region=need.region,
-            min_aging_level=need.min_aging_level,
-            cool_down_seconds=need.cool_down_seconds,
-        )
-        if need is not None
-        else None,
-        external_id=spec.external_id,
-    )
-
-
 def _slot(message: slot_pb2.Slot) -> Slot:
-    spec, need = message.spec, message.spec.persona
     return Slot(
         slot_id=message.slot_id,
-        spec=SlotSpec(
-            keyword=spec.keyword,
-            start_date=date.fromisoformat(spec.start_date),
-            end_date=date.fromisoformat(spec.end_date),
-            daily_quota=spec.daily_quota,
-            code=spec.code,
-            target=spec.target,
-            settings=values.plain_settings(spec.settings),
-            is_active=spec.is_active,
-            priority=spec.priority,
-            weight=spec.weight,
-            without_exit=spec.without_exit,
-            persona=PersonaNeed(tuple(need.tags), need.region, need.min_aging_level, need.cool_down_seconds)
-            if spec.HasField("persona")
-            else None,
-            external_id=spec.external_id,
-        ),
+        spec=plain_spec(message.spec),
         etag=message.etag,
         created_at=values.required_moment(message, "created_at"),
         updated_at=values.required_moment(message, "updated_at"),

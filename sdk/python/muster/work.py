@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import IntEnum
+from typing import Any
 
 from muster import values
 from muster.allocator.v1 import work_pb2, work_pb2_grpc
@@ -29,6 +30,12 @@ class BlockerKind(IntEnum):
     NO_PERSONA = 7
     PERSONA_STORE_UNAVAILABLE = 8
     CLIENT_DRAINING = 9
+    PACED = 10
+    TARGET_HELD = 11
+    TARGET_PAUSED = 12
+    TARGET_BUSY = 13
+    EXIT_COOLING = 14
+    EXIT_UNAVAILABLE = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +59,16 @@ class ClientIdentity:
 
 @dataclass(frozen=True, slots=True)
 class AssignedExit:
-    """The exit of one allocation: connect to `endpoint`, such as `http://127.0.0.1:3128`."""
+    """The exit of one allocation: connect to `endpoint`, such as `http://127.0.0.1:3128`.
+
+    An external exit has a `provider`, and the `exit_ip` that it says the target sees; a pooled one has an `exit_id`.
+    """
 
     exit_id: str
     endpoint: str
     region: str
+    provider: str = ""
+    exit_ip: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +211,7 @@ class Work:
         """
         request = work_pb2.AllocateWorkRequest(
             request_id=request_id or str(uuid.uuid4()),
-            client=_identity(client),
+            client=identity_message(client),
             max_items=max_items,
             wait=values.duration(wait),
             target=target,
@@ -213,11 +225,8 @@ class Work:
             call_seconds=self._transport.policy.call_seconds + longer,
             total_seconds=total_seconds,
         )
-        no_work = None
-        if answer.HasField("no_work"):
-            told = answer.no_work
-            no_work = NoWork(values.member(BlockerKind, told.blocker), told.message, told.retry_after.ToTimedelta())
-        return Allocations(tuple(_allocation(allocation) for allocation in answer.allocations), no_work)
+        allocations = tuple(_allocation(allocation) for allocation in answer.allocations)
+        return Allocations(allocations, no_work(answer) if answer.HasField("no_work") else None)
 
     async def renew(self, leases: Sequence[Lease], *, total_seconds: float | None = None) -> tuple[RenewedLease, ...]:
         """Renews 1 to 1000 leases; each is answered for itself, in order.
@@ -277,7 +286,7 @@ class Work:
             MusterError: the call was refused, or did not succeed in time.
         """
         request = work_pb2.SubmitResultsRequest(
-            client=_identity(client), results=[result_message(result) for result in results]
+            client=identity_message(client), results=[result_message(result) for result in results]
         )
         answer = await self._transport.call(self._stub.SubmitResults, request, total_seconds=total_seconds)
         return tuple(submitted(item) for item in answer.results)
@@ -292,13 +301,20 @@ class Work:
         """
         answer = await self._transport.call(
             self._stub.Heartbeat,
-            work_pb2.HeartbeatRequest(client=_identity(client), goodbye=goodbye),
+            work_pb2.HeartbeatRequest(client=identity_message(client), goodbye=goodbye),
             total_seconds=total_seconds,
         )
         return HeartbeatReply(values.required_moment(answer, "server_time"), answer.drain, answer.released_leases)
 
 
-def _identity(client: ClientIdentity) -> work_pb2.ClientIdentity:
+def no_work(answer: Any) -> NoWork:
+    """Returns the field `no_work` of an answer."""
+    told: work_pb2.NoWork = answer.no_work
+    return NoWork(values.member(BlockerKind, told.blocker), told.message, told.retry_after.ToTimedelta())
+
+
+def identity_message(client: ClientIdentity) -> work_pb2.ClientIdentity:
+    """Returns who speaks as a message."""
     return work_pb2.ClientIdentity(
         client_id=client.client_id,
         client_name=client.client_name,
@@ -321,7 +337,9 @@ def _allocation(message: work_pb2.Allocation) -> Allocation:
         code=message.code,
         target=message.target,
         settings=values.plain_settings(message.settings),
-        exit=AssignedExit(assigned.exit_id, assigned.endpoint, assigned.region) if message.HasField("exit") else None,
+        exit=AssignedExit(assigned.exit_id, assigned.endpoint, assigned.region, assigned.provider, assigned.exit_ip)
+        if message.HasField("exit")
+        else None,
         persona=AssignedPersona(persona.persona_id, persona.lease_token, persona.generation)
         if message.HasField("persona")
         else None,

@@ -1,0 +1,96 @@
+"""`muster client`: the machines of the fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+from muster import Client
+from muster.machines import Machine
+
+from services.cli.connection import connected
+from services.cli.output import json_option, show_json, show_table
+
+
+@click.group()
+def client() -> None:
+    """Clients: the machines that work, and the processes on them."""
+
+
+@client.command("list")
+@click.option("--online/--offline", "online", default=None, help="Only those that spoke within 10 minutes, or not.")
+@click.option("--instances", is_flag=True, help="A line for each process.")
+@json_option
+@connected
+async def list_clients(client: Client, online: bool | None, instances: bool, as_json: bool) -> None:
+    """List clients with their leases."""
+    found = [one async for one in client.machines.list(online=online, page_size=1000)]
+    if as_json or not instances:
+        _show(found, as_json)
+        return
+    show_table(
+        ("client", "instance", "folder", "online", "last seen", "leases"),
+        [
+            (one.client_id, each.instance_number, each.user_folder_number, each.online, each.last_seen_at, each.leases)
+            for one in found
+            for each in one.instances
+        ],
+    )
+
+
+@client.command()
+@click.argument("client_id")
+@json_option
+@connected
+async def drain(client: Client, client_id: str, as_json: bool) -> None:
+    """Tell a client to finish what it holds and take nothing new."""
+    _show([await client.machines.set_draining(client_id, True)], as_json)
+
+
+@client.command()
+@click.argument("client_id")
+@json_option
+@connected
+async def undrain(client: Client, client_id: str, as_json: bool) -> None:
+    """Let a client work again."""
+    _show([await client.machines.set_draining(client_id, False)], as_json)
+
+
+@client.command()
+@click.argument("client_id")
+@click.argument("instance", type=click.IntRange(0, 65535))
+@click.option("--dry-run", is_flag=True, help="Only say how many leases would be freed.")
+@connected
+async def dead(client: Client, client_id: str, instance: int, dry_run: bool) -> None:
+    """Free the leases of an instance at once; if it lives after all, its tokens are stale."""
+    if not dry_run:
+        click.echo(f"{await client.machines.declare_dead(client_id, instance)} lease(s) freed")
+        return
+    async for one in client.machines.list(page_size=1000):
+        for each in one.instances if one.client_id == client_id else ():
+            if each.instance_number == instance:
+                click.echo(f"{each.leases} lease(s) would be freed")
+                return
+    raise click.ClickException(f"there is no client {client_id} with an instance {instance}")
+
+
+def _show(found: Sequence[Machine], as_json: bool) -> None:
+    if as_json:
+        show_json(found)
+        return
+    show_table(
+        ("client", "name", "address", "online", "draining", "last seen", "instances", "leases"),
+        [
+            (
+                one.client_id,
+                one.client_name,
+                one.client_ip,
+                one.online,
+                one.draining,
+                one.last_seen_at,
+                len(one.instances),
+                one.leases,
+            )
+            for one in found
+        ],
+    )
