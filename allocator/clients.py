@@ -1,23 +1,46 @@
-"""Clients: the machines that work, and the processes on them."""
+"""Clients: the machines that work, and the processes on them.
+
+unknown ──any call──> online ──10 min of silence──> offline ──30 days, nothing held──> unknown
+An instance that was silent for longer than ten minutes, or was declared dead, holds no leases.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
-from services.postgres import queries
+import structlog
+
+from services.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
-    from services.postgres import Database
+    from allocator.client_store import ClientStore
+    from allocator.leases import Leases
 
-_SQL = queries("allocator", "upkeep.sql")
+_log = structlog.get_logger("allocator.clients")
+
+_Key = TypeVar("_Key")
+
+# The documents' bound for "offline".
+SILENT_SECONDS = 600.0
+# The documents' bound for "idle".
+_IDLE_SECONDS = 30 * 86400.0
 
 # A client that calls thousands of times a second is noted once a second: online means within ten minutes.
 _NOTED_SECONDS = 1.0
+# Trackers renew every lease every 30 s; who renews is noted half as often.
+_RENEWAL_NOTED_SECONDS = 60.0
+# A renewal may have gone unnoted for so long, and an instance must really have been silent for ten minutes.
+_DEAD_SECONDS = SILENT_SECONDS + _RENEWAL_NOTED_SECONDS
 _REMEMBERED = 100_000
+_DEAD_ROUND_SECONDS = 5.0
+_DEAD_AT_ONCE = 200
+_FORGOTTEN_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,41 +54,142 @@ class ClientIdentity:
     client_ip: str
 
 
+@dataclass(frozen=True, slots=True)
+class ClientInstance:
+    """A process on record; `leases` are the live ones it holds."""
+
+    instance_number: int
+    user_folder_number: int
+    last_seen_at: datetime
+    online: bool
+    leases: int
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A machine on record, with up to 1000 of its instances; `leases` are the live ones of them all."""
+
+    client_id: str
+    client_name: str
+    client_ip: str
+    draining: bool
+    first_seen_at: datetime
+    last_seen_at: datetime
+    online: bool
+    leases: int
+    instances: tuple[ClientInstance, ...]
+
+
 class Clients:
     """Registers organizations and clients at their first contact and notes that they live."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, store: ClientStore) -> None:
+        self._store = store
         self._zones: dict[UUID, str] = {}
         self._noted: dict[tuple[UUID, ClientIdentity], float] = {}
+        self._renewed: dict[tuple[UUID, str, int], float] = {}
 
     async def meet_organization(self, organization_id: UUID, time_zone: str) -> None:
         """Makes the organization known with its time zone. Raises: DatabaseUnavailable."""
         if self._zones.get(organization_id) != time_zone:
-            await self._database.execute(_SQL["meet_organization"], organization_id, time_zone)
+            await self._store.meet_organization(organization_id, time_zone)
             self._zones[organization_id] = time_zone
 
     async def meet(self, organization_id: UUID, client: ClientIdentity) -> None:
         """Registers a client, or updates it. Raises: DatabaseUnavailable."""
         now = time.monotonic()
-        if self._noted.get((organization_id, client), 0.0) + _NOTED_SECONDS > now:
+        # Without a default of 0: on a machine that started a moment ago the clock has not reached a second.
+        noted = self._noted.get((organization_id, client))
+        if noted is not None and noted + _NOTED_SECONDS > now:
             return
-        await self._database.execute(
-            _SQL["meet_client"],
-            organization_id,
-            client.client_id,
-            client.client_name,
-            client.client_ip,
-            client.instance_number,
-            client.user_folder_number,
-        )
-        if len(self._noted) >= _REMEMBERED:
-            self._noted.clear()
-        self._noted[organization_id, client] = now
+        await self._store.meet(organization_id, client)
+        _remember(self._noted, (organization_id, client), now)
+
+    async def heard_of(self, organization_id: UUID, holders: Collection[tuple[str, int]]) -> None:
+        """Notes that instances live because their leases are renewed, by themselves or on their behalf.
+
+        Args:
+            organization_id: The tenant.
+            holders: Client ids and instance numbers.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        now = time.monotonic()
+        due = []
+        for client_id, instance_number in set(holders):
+            noted = self._renewed.get((organization_id, client_id, instance_number))
+            if noted is None or noted + _RENEWAL_NOTED_SECONDS <= now:
+                due.append((client_id, instance_number))
+        if not due:
+            return
+        await self._store.note_holders(organization_id, due)
+        for client_id, instance_number in due:
+            _remember(self._renewed, (organization_id, client_id, instance_number), now)
 
     async def heartbeat(self, organization_id: UUID, client: ClientIdentity) -> tuple[datetime, bool]:
         """Notes that a client lives; returns the database's clock and whether it should drain."""
         await self.meet(organization_id, client)
-        row = await self._database.fetchrow(_SQL["heartbeat"], organization_id, client.client_id)
-        assert row is not None
-        return row["server_time"], row["draining"]
+        return await self._store.heartbeat(organization_id, client.client_id)
+
+    def declared_dead(self, organization_id: UUID, client_id: str, instance_number: int) -> None:
+        """Sees to it that the next sign of life of an instance is noted."""
+        for key in [
+            key
+            for key in self._noted
+            if key[0] == organization_id and (key[1].client_id, key[1].instance_number) == (client_id, instance_number)
+        ]:
+            del self._noted[key]
+        self._renewed.pop((organization_id, client_id, instance_number), None)
+
+
+class SilentClients:
+    """Frees the leases of instances that fell silent, and forgets clients that are idle. Replicas may do so at once.
+
+    Args:
+        store: The database.
+        leases: Frees.
+    """
+
+    def __init__(self, store: ClientStore, leases: Leases) -> None:
+        self._store = store
+        self._leases = leases
+
+    async def round(self) -> int:
+        """Declares the silent dead and forgets the idle; returns how many leases were freed.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        freed = 0
+        for organization_id, client_id, instance_number in await self._store.silent_holders(
+            _DEAD_SECONDS, _DEAD_AT_ONCE
+        ):
+            released = await self._leases.free_silent(organization_id, client_id, instance_number, _DEAD_SECONDS)
+            if released:
+                _log.info(
+                    "an instance is silent: its leases are freed",
+                    organization=str(organization_id),
+                    client=client_id,
+                    instance=instance_number,
+                    leases=released,
+                )
+            freed += released
+        while await self._store.forget(_IDLE_SECONDS, _FORGOTTEN_AT_ONCE):
+            continue
+        return freed
+
+    async def rounds_for_ever(self) -> None:
+        """Makes a round every few seconds; waits while the database is away."""
+        while True:
+            try:
+                await self.round()
+            except DatabaseUnavailable as error:
+                _log.warning("silent clients wait for the database", error=error.message)
+            await asyncio.sleep(_DEAD_ROUND_SECONDS)
+
+
+def _remember(memory: dict[_Key, float], key: _Key, now: float) -> None:
+    if len(memory) >= _REMEMBERED:
+        memory.clear()
+    memory[key] = now

@@ -13,7 +13,16 @@ from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from allocator.leases import EndedAllocation, Ending, HeldLease, LeaseName, Status, exit_returns, work_dates
+from allocator.leases import (
+    EndedAllocation,
+    Ending,
+    HeldLease,
+    LeaseName,
+    Renewal,
+    Status,
+    exit_returns,
+    work_dates,
+)
 from allocator.store import Store
 from services.postgres import queries
 
@@ -46,7 +55,7 @@ class LeaseStore(Store):
 
     async def renew(
         self, organization_id: UUID, names: Sequence[LeaseName], duration_seconds: float
-    ) -> dict[LeaseName, datetime]:
+    ) -> dict[LeaseName, Renewal]:
         """Moves the expiry of those that live, with the right token, below their greatest age; returns the new ones.
 
         Args:
@@ -55,10 +64,15 @@ class LeaseStore(Store):
             duration_seconds: From now, by the database's clock.
         """
 
-        async def work(connection: Connection) -> dict[LeaseName, datetime]:
+        async def work(connection: Connection) -> dict[LeaseName, Renewal]:
             keys, tokens = [name.key for name in names], [name.token for name in names]
             rows = await connection.fetch(_SQL["renew_leases"], organization_id, keys, tokens, duration_seconds)
-            return {LeaseName(row["allocation_key"], row["lease_token"]): row["expires_at"] for row in rows}
+            return {
+                LeaseName(row["allocation_key"], row["lease_token"]): Renewal(
+                    row["expires_at"], row["client_id"], row["instance_number"]
+                )
+                for row in rows
+            }
 
         return await self.atomically(work)
 
@@ -71,7 +85,8 @@ class LeaseStore(Store):
             connection: Connection,
         ) -> dict[UUID, tuple[HeldLease | None, EndedAllocation | None]]:
             return _either(
-                await lock_leases(connection, organization_id, keys), await _ended(connection, organization_id, keys)
+                await lock_leases(connection, organization_id, keys),
+                await find_ended(connection, organization_id, keys),
             )
 
         return await self.atomically(work)
@@ -90,7 +105,7 @@ class LeaseStore(Store):
                 for name in names
                 if (lease := held.get(name.key)) and lease.lease_token == name.token and lease.is_live
             }
-            ended = await _ended(connection, organization_id, [name.key for name in names if name.key not in held])
+            ended = await find_ended(connection, organization_id, [name.key for name in names if name.key not in held])
             await give_back(connection, organization_id, [held[name.key] for name in released], Status.RELEASED)
             return released, _either(held, ended)
 
@@ -100,11 +115,17 @@ class LeaseStore(Store):
         """Releases every live lease of an instance; returns how many."""
 
         async def work(connection: Connection) -> int:
-            rows = await connection.fetch(_SQL["leases_of_instance"], organization_id, client_id, instance_number)
-            held = await lock_leases(connection, organization_id, [row["allocation_key"] for row in rows])
-            live = [lease for lease in held.values() if lease.is_live]
-            await give_back(connection, organization_id, live, Status.RELEASED)
-            return len(live)
+            return await release_instance(connection, organization_id, client_id, instance_number)
+
+        return await self.atomically(work)
+
+    async def release_silent(
+        self, organization_id: UUID, client_id: str, instance_number: int, silent_seconds: float
+    ) -> int:
+        """Releases every live lease of an instance if it was silent for longer by now; returns how many."""
+
+        async def work(connection: Connection) -> int:
+            return await release_instance(connection, organization_id, client_id, instance_number, silent_seconds)
 
         return await self.atomically(work)
 
@@ -132,7 +153,7 @@ class LeaseStore(Store):
                 [slot for _, slot in days],
                 [units[day] for day in days],
             )
-            await _return_uses(connection, organization_id, list(held.values()))
+            await return_uses(connection, organization_id, list(held.values()))
             await connection.execute(_SQL["withdraw_leases"], organization_id, list(held))
             return len(held)
 
@@ -152,6 +173,31 @@ class LeaseStore(Store):
             return len(rows)
 
         return await self.atomically(work)
+
+
+async def release_instance(
+    connection: Connection,
+    organization_id: UUID,
+    client_id: str,
+    instance_number: int,
+    silent_seconds: float | None = None,
+) -> int:
+    """Releases every live lease of an instance, within the transaction in hand; returns how many.
+
+    Args:
+        connection: A connection in a transaction.
+        organization_id: The tenant.
+        client_id: The client.
+        instance_number: Its instance.
+        silent_seconds: Only if it was silent for longer; None: whether or not.
+    """
+    rows = await connection.fetch(
+        _SQL["leases_of_instance"], organization_id, client_id, instance_number, silent_seconds
+    )
+    held = await lock_leases(connection, organization_id, [row["allocation_key"] for row in rows])
+    live = [lease for lease in held.values() if lease.is_live]
+    await give_back(connection, organization_id, live, Status.RELEASED)
+    return len(live)
 
 
 async def lock_leases(connection: Connection, organization_id: UUID, keys: Sequence[UUID]) -> dict[UUID, HeldLease]:
@@ -199,9 +245,7 @@ async def count_ends(connection: Connection, organization_id: UUID, moves: dict[
     await connection.execute(_SQL["count_ends"], organization_id, *columns)
 
 
-async def give_back(
-    connection: Connection, organization_id: UUID, leases: Sequence[HeldLease], status: Status
-) -> None:
+async def give_back(connection: Connection, organization_id: UUID, leases: Sequence[HeldLease], status: Status) -> None:
     """Ends locked leases without a result: the quota and the exit's use return, the persona was not used."""
     if not leases:
         return
@@ -209,12 +253,16 @@ async def give_back(
     for lease in leases:
         moves.setdefault((lease.work_date, lease.slot_id), Counts()).add(status)
     await count_ends(connection, organization_id, moves)
-    await _return_uses(connection, organization_id, leases)
+    await return_uses(connection, organization_id, leases)
     await end_leases(connection, organization_id, [Ending(lease, status) for lease in leases])
 
 
-async def _return_uses(connection: Connection, organization_id: UUID, leases: Sequence[HeldLease]) -> None:
-    """Gives the exits' uses of leases back."""
+async def return_uses(connection: Connection, organization_id: UUID, leases: Sequence[HeldLease]) -> None:
+    """Gives the exits' uses of leases back, unless the exit began a new epoch since they were taken.
+
+    Leases that expire, are released or withdrawn give their use back in every cap mode; leases that end with a result
+    only those with `exit_returns`. Locks exits by id: call it after the days were counted.
+    """
     if uses := exit_returns(leases):
         taken = sorted(uses)
         await connection.execute(
@@ -226,8 +274,15 @@ async def _return_uses(connection: Connection, organization_id: UUID, leases: Se
         )
 
 
+async def find_ended(
+    connection: Connection, organization_id: UUID, keys: Sequence[UUID]
+) -> dict[UUID, EndedAllocation]:
+    """Returns ended allocations."""
+    return await _ended(connection, organization_id, keys, "find_ended")
+
+
 async def _ended(
-    connection: Connection, organization_id: UUID, keys: Sequence[UUID], statement: str = "find_ended"
+    connection: Connection, organization_id: UUID, keys: Sequence[UUID], statement: str
 ) -> dict[UUID, EndedAllocation]:
     days = work_dates(keys)
     if not days:

@@ -26,6 +26,7 @@ from services.errors import DatabaseUnavailable, DomainError
 
 if TYPE_CHECKING:
     from allocator.availability import Availability
+    from allocator.clients import Clients
     from allocator.lease_store import LeaseStore
 
 _log = structlog.get_logger("allocator.leases")
@@ -62,8 +63,21 @@ class LeaseName:
 
 
 @dataclass(frozen=True, slots=True)
+class Renewal:
+    """A lease that was renewed: until when, and who holds it."""
+
+    expires_at: datetime
+    client_id: str
+    instance_number: int
+
+
+@dataclass(frozen=True, slots=True)
 class HeldLease:
-    """A row of a live lease, locked. `is_live` is whether it has not run out by the database's clock."""
+    """A row of a live lease, locked.
+
+    `is_live` is whether it has not run out by the database's clock, `exit_returns` whether its exit's use returns
+    however it ends. `exit_provider` is '' but for an external exit, and `exit_ip` until that one's address is known.
+    """
 
     allocation_key: UUID
     lease_token: UUID
@@ -80,6 +94,10 @@ class HeldLease:
     expires_at: datetime
     renewable_until: datetime
     is_live: bool
+    target: str
+    exit_returns: bool
+    exit_provider: str
+    exit_ip: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +184,23 @@ class Leases:
     Args:
         store: The database.
         availability: Is told of units that came back.
+        clients: Is told whose leases are renewed.
         duration_seconds: How long a lease lasts from its renewal.
         sweep_seconds: How often expired leases are looked for.
     """
 
     def __init__(
-        self, store: LeaseStore, availability: Availability, *, duration_seconds: float, sweep_seconds: float
+        self,
+        store: LeaseStore,
+        availability: Availability,
+        clients: Clients,
+        *,
+        duration_seconds: float,
+        sweep_seconds: float,
     ) -> None:
         self._store = store
         self._availability = availability
+        self._clients = clients
         self._duration_seconds = duration_seconds
         self._sweep_seconds = sweep_seconds
 
@@ -187,16 +213,21 @@ class Leases:
             DatabaseUnavailable: the database does not answer.
         """
         renewed = await self._store.renew(organization_id, sorted(set(names), key=_by_key), self._duration_seconds)
+        if renewed:
+            # After the commit: a renewal stands even if it could not be noted as a sign of life.
+            holders = {(renewal.client_id, renewal.instance_number) for renewal in renewed.values()}
+            await self._clients.heard_of(organization_id, holders)
         lost = [name for name in names if name not in renewed]
         found = await self._store.find(organization_id, [name.key for name in lost]) if lost else {}
         return [
-            renewed[name] if name in renewed else refusal(name, *found.get(name.key, (None, None))) for name in names
+            renewed[name].expires_at if name in renewed else refusal(name, *found.get(name.key, (None, None)))
+            for name in names
         ]
 
     async def release(self, organization_id: UUID, names: Sequence[LeaseName], reason: str) -> list[DomainError | None]:
         """Gives units back; returns for each None, or why not: AllocationNotFound, LeaseLost, LeaseTokenMismatch."""
         released, others = await self._store.release(organization_id, list(dict.fromkeys(names)))
-        self._gave_back(organization_id, len(released), Status.RELEASED)
+        self.gave_back(organization_id, len(released), Status.RELEASED)
         if reason and released:
             _log.info("leases released", leases=len(released), reason=reason)
         answers: list[DomainError | None] = []
@@ -209,7 +240,15 @@ class Leases:
     async def goodbye(self, organization_id: UUID, client_id: str, instance_number: int) -> int:
         """Gives back every lease of an instance that ends; returns how many."""
         released = await self._store.release_instance(organization_id, client_id, instance_number)
-        self._gave_back(organization_id, released, Status.RELEASED)
+        self.gave_back(organization_id, released, Status.RELEASED)
+        return released
+
+    async def free_silent(
+        self, organization_id: UUID, client_id: str, instance_number: int, silent_seconds: float
+    ) -> int:
+        """Gives back every lease of an instance that was silent for longer; returns how many."""
+        released = await self._store.release_silent(organization_id, client_id, instance_number, silent_seconds)
+        self.gave_back(organization_id, released, Status.RELEASED)
         return released
 
     async def sweep(self) -> int:
@@ -218,7 +257,7 @@ class Leases:
         for organization_id in await self._store.organizations_to_sweep():
             while True:
                 expired = await self._store.expire(organization_id, _SWEEP_LEASES)
-                self._gave_back(organization_id, expired, Status.EXPIRED)
+                self.gave_back(organization_id, expired, Status.EXPIRED)
                 swept += expired
                 if expired < _SWEEP_LEASES:
                     break
@@ -233,7 +272,8 @@ class Leases:
                 _log.warning("the sweep waits for the database", error=error.message)
             await asyncio.sleep(self._sweep_seconds)
 
-    def _gave_back(self, organization_id: UUID, count: int, status: Status) -> None:
+    def gave_back(self, organization_id: UUID, count: int, status: Status) -> None:
+        """Notes that units came back."""
         if count:
             ENDED.labels(status.name.lower()).inc(count)
             self._availability.outdate(organization_id)

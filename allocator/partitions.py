@@ -39,6 +39,16 @@ class Partitions:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    async def missing(self) -> int:
+        """Returns how many partitions from today's on do not stand. Raises: DatabaseUnavailable."""
+        today: date = await self._database.fetchval(_SQL["today"])
+        standing = {row["name"] for row in await self._database.fetch(_SQL["standing_partitions"], SCHEMA)}
+        return sum(
+            partition.name not in standing
+            for table, interval in TABLES.items()
+            for partition in partitions.planned(SCHEMA, table, interval, today, ahead=_AHEAD)
+        )
+
     async def ensure(self) -> None:
         """Makes what is missing. Safe to run from several replicas at once."""
         today: date = await self._database.fetchval(_SQL["today"])

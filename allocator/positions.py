@@ -21,6 +21,20 @@ def uuid_position(position: Position) -> UUID | None:
         raise _damaged() from None
 
 
+def text_position(position: Position) -> str | None:
+    """Returns the name after which a page begins. Raises: InvalidPageToken."""
+    if position is None:
+        return None
+    try:
+        (name,) = position
+    except ValueError:
+        raise _damaged() from None
+    # PostgreSQL's text cannot hold NUL.
+    if not isinstance(name, str) or "\x00" in name:
+        raise _damaged()
+    return name
+
+
 def time_position(position: Position) -> tuple[datetime, UUID] | None:
     """Returns the time and id after which a page begins. Raises: InvalidPageToken."""
     if position is None:
@@ -44,6 +58,17 @@ def rate_position(position: Position) -> tuple[int, UUID] | None:
         if not 0 <= int(rate) < 2**62:
             raise _damaged()
         return int(rate), UUID(str(key))
+    except ValueError:
+        raise _damaged() from None
+
+
+def pair_position(position: Position) -> tuple[UUID, str] | None:
+    """Returns the id and name after which a page begins. Raises: InvalidPageToken."""
+    if position is None:
+        return None
+    try:
+        key, name = position
+        return UUID(str(key)), str(name)
     except ValueError:
         raise _damaged() from None
 

@@ -1,4 +1,4 @@
-"""What is done by the clock: days, partitions, old request ids, and the gauges."""
+"""What is done by the clock: days, partitions, old request ids."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 _SQL = queries("allocator", "upkeep.sql")
 _log = structlog.get_logger("allocator.upkeep")
 
-# Midnight comes at another moment for every time zone; a minute late is early enough, since a day's row is also made
-# when it is first needed.
+# Midnight comes at another moment for every time zone; a minute late is early enough, since a day's rows are also made
+# when they are first needed.
 _ROUND_SECONDS = 60.0
 _PARTITION_ROUNDS = 60
-_GAUGE_SECONDS = 5.0
+# How long before its midnight a day's rows are begun: enough for ten rounds, and for millions of slots in one of them.
+_AHEAD_SECONDS = 600.0
 
 
 class Upkeep:
@@ -36,16 +37,20 @@ class Upkeep:
         self._partitions = partitions
 
     async def round(self) -> None:
-        """Makes the rows of today for every organization and forgets old request ids. Safe to repeat and at once.
+        """Makes the rows of each organization's day, and soon before midnight of its next; forgets old request ids.
+
+        Safe to repeat and at once.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-        for row in await self._database.fetch(_SQL["organizations"]):
-            await self._store.ensure_tracking(row["organization_id"], None)
+        for row in await self._database.fetch(_SQL["days_to_track"], _AHEAD_SECONDS):
+            while not await self._store.track_day(row["organization_id"], row["work_date"]):
+                continue
         async with self._database.connection() as connection:
             while await requests.forget_old(connection):
                 continue
+        metrics.UPKEEP_AT.set_to_current_time()
 
     async def rounds_for_ever(self) -> None:
         """Makes a round a minute, and partitions once an hour; waits while the database is away."""
@@ -59,23 +64,3 @@ class Upkeep:
             except DatabaseUnavailable as error:
                 _log.warning("the upkeep waits for the database", error=error.message)
             await asyncio.sleep(_ROUND_SECONDS)
-
-    async def measure(self) -> None:
-        """Reads the gauges. Raises: DatabaseUnavailable."""
-        row = await self._database.fetchrow(_SQL["gauges"])
-        assert row is not None
-        metrics.LIVE_LEASES.set(row["live_leases"])
-        metrics.OVERDUE_LEASES.set(row["overdue_leases"])
-        metrics.OUTBOX_PENDING.set(row["outbox_pending"])
-        metrics.QUARANTINED.set(row["quarantined"])
-        metrics.QUOTA_VIOLATIONS.set(row["quota_violations"])
-        metrics.CAP_VIOLATIONS.set(row["cap_violations"])
-
-    async def measure_for_ever(self) -> None:
-        """Reads the gauges every few seconds; they keep their values while the database is away."""
-        while True:
-            try:
-                await self.measure()
-            except DatabaseUnavailable as error:
-                _log.warning("the gauges wait for the database", error=error.message)
-            await asyncio.sleep(_GAUGE_SECONDS)

@@ -25,6 +25,13 @@ BATCH_ITEMS = Histogram(
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
 )
 
+WAIT_SECONDS = Histogram(
+    "muster_coalesced_wait_seconds",
+    "How long the first item of a batch waited until its batch began: the longest wait of the batch.",
+    ["queue"],
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
+)
+
 
 class Coalescer(Generic[Item, Result]):
     """Gathers concurrent calls into batches.
@@ -39,6 +46,9 @@ class Coalescer(Generic[Item, Result]):
         max_batch: The most items a batch takes.
         max_waiting: The most items that may wait; one more is refused.
         lanes: How many batches may run at once.
+        weigh: What an item counts for `least_beside`; 1 each by default.
+        least_beside: A batch begins beside another only when what waits weighs as much: the answer to one call's wait
+            for the disk is another batch, but not one of a single call.
     """
 
     def __init__(
@@ -49,15 +59,22 @@ class Coalescer(Generic[Item, Result]):
         max_batch: int,
         max_waiting: int,
         lanes: int = 1,
+        weigh: Callable[[Item], int] = lambda _: 1,
+        least_beside: int = 1,
     ) -> None:
         self._name = name
         self._run = run
         self._max_batch = max_batch
         self._max_waiting = max_waiting
+        self._lanes = lanes
         self._free_lanes = lanes
-        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._weigh = weigh
+        self._least_beside = least_beside
+        self._weight = 0
+        self._waiting: deque[tuple[Item, asyncio.Future[Result], float]] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._batch_items = BATCH_ITEMS.labels(name)
+        self._wait_seconds = WAIT_SECONDS.labels(name)
 
     async def submit(self, item: Item) -> Result:
         """Returns what the batch made of `item`.
@@ -73,9 +90,11 @@ class Coalescer(Generic[Item, Result]):
                 queue=self._name,
                 limit=str(self._max_waiting),
             )
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
-        if self._free_lanes:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+        self._waiting.append((item, future, loop.time()))
+        self._weight += self._weigh(item)
+        if self._free_lanes and (self._free_lanes == self._lanes or self._weight >= self._least_beside):
             self._free_lanes -= 1
             # In a context of its own: a batch is nobody's call, and must not run on the deadline of whoever came first.
             task = asyncio.create_task(self._drain(), name=f"coalesce {self._name}", context=Context())
@@ -90,13 +109,18 @@ class Coalescer(Generic[Item, Result]):
 
     async def _drain(self) -> None:
         try:
-            while self._waiting:
+            # What is too little to go beside another batch is taken by whoever ends last.
+            while self._waiting and (self._free_lanes == self._lanes - 1 or self._weight >= self._least_beside):
                 batch: list[tuple[Item, asyncio.Future[Result]]] = []
+                first_at = 0.0
                 while self._waiting and len(batch) < self._max_batch:
-                    item, future = self._waiting.popleft()
+                    item, future, at = self._waiting.popleft()
+                    self._weight -= self._weigh(item)
                     if not future.cancelled():
+                        first_at = first_at or at
                         batch.append((item, future))
                 if batch:
+                    self._wait_seconds.observe(asyncio.get_running_loop().time() - first_at)
                     await self._handle(batch)
         finally:
             self._free_lanes += 1

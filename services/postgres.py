@@ -32,6 +32,8 @@ _UNAVAILABLE = (
     asyncpg.TooManyConnectionsError,
     asyncpg.InsufficientResourcesError,
     asyncpg.InterfaceError,
+    # What a connection says whose last statement was given up in the middle: the pool replaces it.
+    asyncpg.InternalClientError,
     ConnectionError,
     OSError,
     TimeoutError,
@@ -58,6 +60,17 @@ def queries(package: str, file: str) -> Mapping[str, str]:
         # The name travels along, so that pg_stat_statements and the server's log tell statements apart.
         found[name] = f"/* {package}.{name} */ {body.strip().rstrip(';')}"
     return found
+
+
+class _PooledConnection(asyncpg.Connection):
+    """A connection that goes back to its pool without a round trip to the server.
+
+    An open transaction is still rolled back. Nothing here leaves a session changed: settings are local to a
+    transaction, nobody listens, and a session's advisory lock is given back by whoever took it.
+    """
+
+    def get_reset_query(self) -> str:
+        return ""
 
 
 class Database:
@@ -94,6 +107,7 @@ class Database:
                 max_size=config.pool_max,
                 max_inactive_connection_lifetime=config.idle_timeout_seconds,
                 timeout=config.connect_timeout_seconds,
+                connection_class=_PooledConnection,
                 server_settings={"application_name": f"muster {name}", **settings},
             )
             async with pool.acquire(timeout=config.connect_timeout_seconds) as connection:

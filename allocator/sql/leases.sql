@@ -17,20 +17,23 @@ SET expires_at = greatest(l.expires_at,
   least(l.renewable_until, statement_timestamp() + $4::float8 * interval '1 second'))
 FROM held h
 WHERE l.organization_id = $1 AND l.allocation_key = h.allocation_key
-RETURNING l.allocation_key, l.lease_token, l.expires_at;
+RETURNING l.allocation_key, l.lease_token, l.expires_at, l.client_id, l.instance_number;
 
 -- name: lock_leases
 -- Locks leases in key order. $1 organization, $2 keys. Index: primary key.
 SELECT allocation_key, lease_token, work_date, slot_id, exit_id, exit_epoch, persona_need IS NOT NULL AS needs_persona,
   persona_id, client_id, instance_number, traceparent, granted_at, expires_at, renewable_until,
-  expires_at > clock_timestamp() AS is_live
+  expires_at > clock_timestamp() AS is_live, target, exit_returns, exit_provider, exit_ip
 FROM leases WHERE organization_id = $1 AND allocation_key = ANY ($2::uuid[])
 ORDER BY allocation_key
 FOR UPDATE;
 
 -- name: leases_of_instance
--- $1 organization, $2 client, $3 instance. Index: leases_holder.
-SELECT allocation_key FROM leases WHERE organization_id = $1 AND client_id = $2 AND instance_number = $3;
+-- $1 organization, $2 client, $3 instance, $4 only if it was silent for so many seconds, or NULL. Index: leases_holder.
+SELECT allocation_key FROM leases WHERE organization_id = $1 AND client_id = $2 AND instance_number = $3
+  AND ($4::float8 IS NULL OR EXISTS (SELECT FROM client_instances i
+    WHERE i.organization_id = $1 AND i.client_id = $2 AND i.instance_number = $3
+      AND i.last_seen_at < statement_timestamp() - $4 * interval '1 second'));
 
 -- name: find_ended
 -- Allocations that have ended. $1 organization, $2 keys, $3 the days that their keys allow: the only partitions looked
@@ -67,7 +70,8 @@ WHERE allocation_key = ANY (ARRAY(
 -- Leases that ran out, in key order; those that another transaction ends at this moment are passed over, since they
 -- need no sweep or come up again. $1 organization, $2 at most. Index: leases_sweep_at.
 SELECT allocation_key, lease_token, work_date, slot_id, exit_id, exit_epoch, persona_need IS NOT NULL AS needs_persona,
-  persona_id, client_id, instance_number, traceparent, granted_at, expires_at, renewable_until, false AS is_live
+  persona_id, client_id, instance_number, traceparent, granted_at, expires_at, renewable_until, false AS is_live, target,
+  exit_returns, exit_provider, exit_ip
 FROM leases
 WHERE organization_id = $1 AND sweep_at <= statement_timestamp() AND expires_at <= statement_timestamp()
 ORDER BY allocation_key LIMIT $2
@@ -99,22 +103,23 @@ FROM moved m
 WHERE t.organization_id = $1 AND t.work_date = m.work_date AND t.slot_id = m.slot_id;
 
 -- name: return_exit_uses
--- Gives uses back, unless the exit was toggled since they were taken. $1 organization, $2 exits, $3 epochs, $4 uses.
+-- Gives uses back, unless the exit began a new epoch since they were taken. To be run when the leases are locked by an
+-- earlier statement, so that it sees the epoch that they are of. $1 organization, $2 exits, $3 epochs, $4 uses.
 -- Index: primary key.
 WITH returned AS MATERIALIZED (
-  SELECT e.exit_id, u.uses
+  SELECT e.exit_id, e.use_count - u.uses AS use_count
   FROM unnest($2::uuid[], $3::integer[], $4::integer[]) AS u (exit_id, epoch, uses)
   JOIN exits e ON e.organization_id = $1 AND e.exit_id = u.exit_id AND e.toggle_epoch = u.epoch
   ORDER BY e.exit_id
   FOR UPDATE OF e
 )
-UPDATE exits e SET use_count = e.use_count - r.uses
+UPDATE exits e SET use_count = r.use_count
 FROM returned r
 WHERE e.organization_id = $1 AND e.exit_id = r.exit_id;
 
 -- name: end_leases
--- Ends locked leases: the row moves from leases to work_allocations, and the check-in of its persona into the outbox.
--- $1 organization, $2 keys, $3 statuses, $4 late, $5 outcomes of the persona's use. Returns when. Index: primary key.
+-- Ends locked leases: the row moves from leases to work_allocations, the check-in of its persona into the outbox, and
+-- its external exit into exit_releases. $1 organization, $2 keys, $3 statuses, $4 late, $5 outcomes of the persona's use. Returns when. Index: primary key.
 WITH asked AS (
   SELECT * FROM unnest($2::uuid[], $3::smallint[], $4::boolean[], $5::smallint[]) AS u (key, status, late, outcome)
 ), gone AS (
@@ -123,23 +128,30 @@ WITH asked AS (
   RETURNING l.*, a.status, a.late, a.outcome
 ), ended AS (
   INSERT INTO work_allocations (organization_id, work_date, allocation_key, slot_id, exit_id, persona_id, client_id,
-    instance_number, lease_token, status, late, allocated_at, expires_at, ended_at, recorded_at, traceparent)
+    instance_number, lease_token, status, late, allocated_at, expires_at, ended_at, recorded_at, traceparent, target,
+    exit_ip)
   SELECT organization_id, work_date, allocation_key, slot_id, exit_id, persona_id, client_id, instance_number,
     lease_token, status, late, granted_at, expires_at, statement_timestamp(),
-    CASE WHEN status IN (2, 3, 4) THEN statement_timestamp() END, traceparent
+    CASE WHEN status IN (2, 3, 4) THEN statement_timestamp() END, traceparent, target, exit_ip
   FROM gone
 ), told AS (
   INSERT INTO outbox (organization_id, holder, outcome)
   SELECT organization_id, allocation_key, outcome FROM gone WHERE persona_need IS NOT NULL
+), released AS (
+  INSERT INTO exit_releases (organization_id, provider, allocation_key)
+  SELECT organization_id, exit_provider, allocation_key FROM gone WHERE exit_provider <> ''
 )
 SELECT statement_timestamp() AS ended_at;
 
 -- name: withdraw_leases
--- Deletes locked leases that nobody was told of, without a trace but for the check-in of a persona that may have been
--- checked out. $1 organization, $2 keys. Index: primary key.
+-- Deletes locked leases that nobody was told of, without a trace but for the check-in of a persona and the release of an
+-- external exit that may have been taken. $1 organization, $2 keys. Index: primary key.
 WITH gone AS (
   DELETE FROM leases WHERE organization_id = $1 AND allocation_key = ANY ($2::uuid[])
-  RETURNING organization_id, allocation_key, persona_need
+  RETURNING organization_id, allocation_key, persona_need, exit_provider
+), released AS (
+  INSERT INTO exit_releases (organization_id, provider, allocation_key)
+  SELECT organization_id, exit_provider, allocation_key FROM gone WHERE exit_provider <> ''
 )
 INSERT INTO outbox (organization_id, holder, outcome)
 SELECT organization_id, allocation_key, 1 FROM gone WHERE persona_need IS NOT NULL;

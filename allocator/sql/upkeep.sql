@@ -1,8 +1,13 @@
--- Organizations, clients, the outbox and what is done by the clock.
+-- The outbox and what is done by the clock.
 
 -- name: today
 -- In UTC, where timestamp partitions are cut.
 SELECT (now() AT TIME ZONE 'UTC')::date;
+
+-- name: standing_partitions
+-- The names of all partitions of a schema. $1 schema.
+SELECT c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = $1 AND c.relispartition AND c.relkind = 'r';
 
 -- name: loosen_tracking
 -- Statements that give partitions of daily_work_tracking room for updates within the page. $1 schema.
@@ -13,33 +18,15 @@ JOIN pg_class p ON p.oid = i.inhparent
 JOIN pg_namespace n ON n.oid = p.relnamespace
 WHERE n.nspname = $1 AND p.relname = 'daily_work_tracking' AND c.reloptions IS NULL;
 
--- name: meet_organization
--- $1 organization, $2 time zone. Index: primary key.
-INSERT INTO organizations (organization_id, time_zone) VALUES ($1, $2)
-ON CONFLICT (organization_id) DO UPDATE SET time_zone = excluded.time_zone
-WHERE organizations.time_zone <> excluded.time_zone;
-
--- name: organizations
--- All of them.
-SELECT organization_id FROM organizations ORDER BY organization_id;
-
--- name: meet_client
--- Registers a machine and a process on it, or notes that they live. $1 organization, $2 client, $3 name or '' to keep
--- it, $4 address, $5 instance, $6 user folder. Index: primary keys.
-WITH machine AS (
-  INSERT INTO clients (organization_id, client_id, client_name, client_ip) VALUES ($1, $2, $3, $4)
-  ON CONFLICT (organization_id, client_id) DO UPDATE
-  SET client_name = CASE WHEN excluded.client_name = '' THEN clients.client_name ELSE excluded.client_name END,
-    client_ip = excluded.client_ip, last_seen_at = statement_timestamp()
-)
-INSERT INTO client_instances (organization_id, client_id, instance_number, user_folder_number) VALUES ($1, $2, $5, $6)
-ON CONFLICT (organization_id, client_id, instance_number) DO UPDATE
-SET user_folder_number = excluded.user_folder_number, last_seen_at = statement_timestamp();
-
--- name: heartbeat
--- The clock, and whether a client should drain. $1 organization, $2 client. Index: primary key.
-SELECT statement_timestamp() AS server_time,
-  coalesce((SELECT draining FROM clients WHERE organization_id = $1 AND client_id = $2), false) AS draining;
+-- name: days_to_track
+-- Today of every organization, and the day that begins within $1 seconds. Over all organizations, as the clock's work.
+SELECT o.organization_id, d.work_date
+FROM organizations o
+CROSS JOIN LATERAL (
+  SELECT (now() AT TIME ZONE o.time_zone)::date AS work_date
+  UNION SELECT ((now() + $1::float8 * interval '1 second') AT TIME ZONE o.time_zone)::date
+) d
+ORDER BY d.work_date, o.organization_id;
 
 -- name: take_check_ins
 -- Takes due check-ins for delivery: they come up again if they are not deleted by then, later each time. $1 at most.
@@ -53,14 +40,3 @@ RETURNING outbox_id, organization_id, holder, outcome;
 -- name: delete_check_ins
 -- Delivered. $1 organization, $2 ids. Index: primary key.
 DELETE FROM outbox WHERE organization_id = $1 AND outbox_id = ANY ($2::bigint[]);
-
--- name: gauges
--- What the metrics show of the whole service, with the invariants that no row may break.
-SELECT
-  (SELECT count(*) FROM leases) AS live_leases,
-  (SELECT count(*) FROM leases WHERE expires_at < clock_timestamp() - interval '1 minute') AS overdue_leases,
-  (SELECT count(*) FROM outbox) AS outbox_pending,
-  (SELECT count(*) FROM quarantined_results) AS quarantined,
-  (SELECT count(*) FROM daily_work_tracking WHERE work_date >= (now() AT TIME ZONE 'UTC')::date - 1
-    AND allocated - expired - released > quota) AS quota_violations,
-  (SELECT count(*) FROM exits WHERE use_count > cap) AS cap_violations;

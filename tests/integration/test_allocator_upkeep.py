@@ -1,4 +1,4 @@
-"""What the allocator does by the clock: the rows of a new day, old request ids, partitions, gauges."""
+"""What the allocator does by the clock: the rows of a new day, old request ids, gauges."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from allocator import metrics
 from allocator.allocation_store import AllocationStore
+from allocator.gauges import Gauges
 from allocator.partitions import Partitions
 from allocator.upkeep import Upkeep
 from services.postgres import Database
@@ -35,6 +36,7 @@ async def test_the_rows_of_a_new_day_are_made_for_slots_that_may_work(allocator:
     paused = await allocator.slot(is_active=False)
     past = await allocator.slot(start_date="2024-01-01", end_date="2024-01-31")
     await allocator.sql("DELETE FROM daily_work_tracking")
+    await allocator.sql("DELETE FROM tracked_days")
     await upkeep.round()
     await upkeep.round()
     rows = await allocator.sql(
@@ -61,12 +63,33 @@ async def test_old_request_ids_are_forgotten_and_young_ones_kept(allocator: Allo
 
 
 async def test_the_gauges_read_what_the_tables_hold(allocator: Allocator, upkeep: Upkeep) -> None:
+    gauges = Gauges(upkeep._database, upkeep._partitions)
     await allocator.slot()
+    await allocator.slot(is_active=False)
+    await allocator.slot(start_date="2098-01-01")
     await allocator.take(3)
-    await upkeep.measure()
-    assert metrics.LIVE_LEASES._value.get() == 3
-    assert metrics.QUOTA_VIOLATIONS._value.get() == 0
-    assert metrics.CAP_VIOLATIONS._value.get() == 0
+    await allocator.take(1, client="pc-2")
+    await allocator.take(1, client="pc-3")
+    await allocator.sql("UPDATE clients SET last_seen_at = now() - interval '11 minutes' WHERE client_id = 'pc-2'")
+    await allocator.sql("UPDATE clients SET last_seen_at = now() - interval '25 hours' WHERE client_id = 'pc-3'")
+    await allocator.take(1, client="pc-4")
+    await allocator.sql(
+        "UPDATE clients SET last_seen_at = now() - interval '1 hour', draining = true WHERE client_id = 'pc-4'"
+    )
+    await gauges.measure()
+    await gauges.measure_slowly()
+    assert metrics.LIVE_LEASES._value.get() == 6
+    assert metrics.OVERDUE_LEASES._value.get() == 0
+    assert metrics.ACTIVE_SLOTS._value.get() == 1
+    assert metrics.CLIENTS.labels("online")._value.get() == 1
+    assert metrics.CLIENTS.labels("offline")._value.get() == 1
+    assert metrics.PARTITIONS_MISSING._value.get() == 0
     await allocator.sql("UPDATE leases SET expires_at = now() - interval '1 minute'")
-    await upkeep.measure()
-    assert metrics.OVERDUE_LEASES._value.get() == 3
+    await allocator.sql(
+        "INSERT INTO outbox (organization_id, holder, outcome, created_at, due_at) "
+        "VALUES (gen_random_uuid(), gen_random_uuid(), 1, now() - interval '90 seconds', now() + interval '1 hour')"
+    )
+    await gauges.measure()
+    assert metrics.OVERDUE_LEASES._value.get() == 6
+    assert metrics.OUTBOX_PENDING._value.get() == 1
+    assert 90 <= metrics.OUTBOX_SECONDS._value.get() < 120

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from prometheus_client.samples import Sample
 
-from services.coalesce import Coalescer
+from services.coalesce import WAIT_SECONDS, Coalescer
 from services.errors import Overloaded
 
 
@@ -94,6 +95,26 @@ async def test_a_cancelled_caller_leaves_the_queue_and_disturbs_nobody() -> None
     assert batches.seen == [[1], [3]]
 
 
+async def test_the_longest_wait_of_each_batch_is_measured() -> None:
+    batches = Batches()
+    coalescer = Coalescer("waits", batches.run, max_batch=10, max_waiting=10)
+    count = WAIT_SECONDS.labels("waits")
+    tasks = await gathered(coalescer, [1])
+    await batches.entered.wait()
+    tasks += await gathered(coalescer, [2, 3])
+    batches.gate.set()
+    await asyncio.gather(*tasks)
+    (waits,) = [
+        sample for metric in WAIT_SECONDS.collect() for sample in metric.samples if _is(sample, "waits", "_count")
+    ]
+    assert waits.value == 2
+    assert count._sum.get() > 0
+
+
+def _is(sample: Sample, queue: str, suffix: str) -> bool:
+    return sample.labels.get("queue") == queue and sample.name.endswith(suffix)
+
+
 async def test_close_waits_for_what_was_submitted() -> None:
     batches = Batches()
     coalescer = Coalescer("t", batches.run, max_batch=1, max_waiting=10)
@@ -104,3 +125,24 @@ async def test_close_waits_for_what_was_submitted() -> None:
     batches.gate.set()
     await closing
     assert [task.done() for task in tasks] == [True, True, True]
+
+
+async def test_a_batch_begins_beside_another_only_when_enough_waits_for_it() -> None:
+    batches = Batches()
+    coalescer = Coalescer(
+        "t", batches.run, max_batch=100, max_waiting=100, lanes=2, weigh=lambda item: item, least_beside=10
+    )
+    tasks = await gathered(coalescer, [1])
+    await batches.entered.wait()
+    tasks += await gathered(coalescer, [4, 5])
+    await asyncio.sleep(0)
+    assert batches.seen == [[1]]
+    tasks += await gathered(coalescer, [6])
+    await asyncio.sleep(0)
+    assert batches.seen == [[1], [4, 5, 6]]
+    # No lane is free, and what is left is taken by whoever ends last.
+    tasks += await gathered(coalescer, [2])
+    batches.gate.set()
+    assert await asyncio.gather(*tasks) == [10, 40, 50, 60, 20]
+    assert batches.seen == [[1], [4, 5, 6], [2]]
+    await coalescer.close()

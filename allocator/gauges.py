@@ -1,0 +1,67 @@
+"""What the metrics show of the whole service, read by loops of their own so that a scrape costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from allocator import metrics
+from allocator.clients import SILENT_SECONDS
+from services.errors import DatabaseUnavailable
+from services.postgres import queries
+
+if TYPE_CHECKING:
+    from allocator.partitions import Partitions
+    from services.postgres import Database
+
+_SQL = queries("allocator", "gauges.sql")
+_log = structlog.get_logger("allocator.gauges")
+
+_SECONDS = 5.0
+_SLOW_SECONDS = 60.0
+# With millions of slots a reading takes seconds: it may take this share of the time.
+_SHARE = 0.02
+
+
+class Gauges:
+    """Reads the gauges."""
+
+    def __init__(self, database: Database, partitions: Partitions) -> None:
+        self._database = database
+        self._partitions = partitions
+
+    async def measure(self) -> None:
+        """Reads what is cheap. Raises: DatabaseUnavailable."""
+        row = await self._database.fetchrow(_SQL["gauges"])
+        assert row is not None
+        metrics.LIVE_LEASES.set(row["live_leases"])
+        metrics.OVERDUE_LEASES.set(row["overdue_leases"])
+        metrics.OUTBOX_PENDING.set(row["outbox_pending"])
+        metrics.OUTBOX_SECONDS.set(row["outbox_seconds"])
+        metrics.QUARANTINED.set(row["quarantined"])
+
+    async def measure_slowly(self) -> None:
+        """Reads what may take seconds. Raises: DatabaseUnavailable."""
+        row = await self._database.fetchrow(_SQL["slow_gauges"], SILENT_SECONDS)
+        assert row is not None
+        metrics.ACTIVE_SLOTS.set(row["active_slots"])
+        metrics.CLIENTS.labels("online").set(row["clients_online"])
+        metrics.CLIENTS.labels("offline").set(row["clients_offline"])
+        metrics.PARTITIONS_MISSING.set(await self._partitions.missing())
+
+    async def measure_for_ever(self) -> None:
+        """Reads the gauges again and again; they keep their values while the database is away."""
+        slowly_at = 0.0
+        while True:
+            try:
+                await self.measure()
+                begun = time.monotonic()
+                if begun >= slowly_at:
+                    await self.measure_slowly()
+                    slowly_at = begun + max(_SLOW_SECONDS, (time.monotonic() - begun) / _SHARE)
+            except DatabaseUnavailable as error:
+                _log.warning("the gauges wait for the database", error=error.message)
+            await asyncio.sleep(_SECONDS)

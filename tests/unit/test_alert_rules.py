@@ -1,0 +1,95 @@
+"""The alert rules: they parse, they fire and resolve as their tests say, and they ask for metrics that there are."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+from prometheus_client import REGISTRY
+
+import allocator.app  # noqa: F401  (registers the allocator's metrics)
+from services.cli.main import cli
+
+ROOT = Path(__file__).parents[2]
+RULES = sorted((ROOT / "deploy" / "prometheus").glob("*-rules.yaml"))
+TESTS = sorted((ROOT / "deploy" / "prometheus" / "tests").glob("*.test.yaml"))
+CACHE = ROOT / ".cache" / "promtool"
+
+_SECONDS = 120
+
+
+def found_promtool() -> str | None:
+    """Returns promtool: from PATH, or from the distribution's package unpacked into the cache, which needs no root."""
+    if installed := shutil.which("promtool"):
+        return installed
+    unpacked = CACHE / "usr" / "bin" / "promtool"
+    if not unpacked.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        try:
+            subprocess.run(["apt-get", "download", "prometheus"], cwd=CACHE, check=True, timeout=_SECONDS)
+            (package,) = CACHE.glob("prometheus_*.deb")
+            subprocess.run(["dpkg", "-x", package.name, "."], cwd=CACHE, check=True, timeout=_SECONDS)
+        except (OSError, subprocess.SubprocessError, ValueError):
+            return None
+    return str(unpacked) if unpacked.exists() else None
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    if (found := found_promtool()) is None:
+        pytest.skip("promtool is not on PATH, and the distribution's package prometheus cannot be fetched")
+    return found
+
+
+def run(promtool: str, *arguments: str) -> None:
+    ended = subprocess.run([promtool, *arguments], capture_output=True, text=True, timeout=_SECONDS, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("file", RULES, ids=lambda file: file.name)
+def test_the_rules_are_well_formed(promtool: str, file: Path) -> None:
+    run(promtool, "check", "rules", str(file))
+
+
+@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
+def test_the_rules_do_as_their_tests_say(promtool: str, file: Path) -> None:
+    run(promtool, "test", "rules", str(file))
+
+
+@pytest.mark.parametrize("file", RULES, ids=lambda file: file.name)
+def test_every_alert_is_tested_both_ways(file: Path) -> None:
+    alerts = re.findall(r"- alert: (\w+)", file.read_text())
+    assert len(alerts) == len(set(alerts))
+    tests = (file.parent / "tests" / file.name.replace(".yaml", ".test.yaml")).read_text()
+    for alert in alerts:
+        expectations = re.findall(rf"alertname: {alert}\n\s+exp_alerts:( \[\])?", tests)
+        assert "" in expectations, f"{alert} never fires in its tests"
+        assert " []" in expectations, f"{alert} always fires in its tests"
+
+
+@pytest.mark.parametrize("file", RULES, ids=lambda file: file.name)
+def test_the_commands_that_the_alerts_name_are_there(file: Path) -> None:
+    named = re.findall(r"`muster ([^`]+)`", file.read_text())
+    assert named
+    for words in map(str.split, named):
+        group = cli.get_command(click.Context(cli), words[0])
+        assert isinstance(group, click.Group)
+        options = {option for parameter in group.commands[words[1]].params for option in _spellings(parameter)}
+        assert set(words[2:]) <= options, words
+
+
+def _spellings(parameter: click.Parameter) -> list[str]:
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
+def test_the_rules_ask_for_metrics_that_there_are() -> None:
+    exported = {name for metric in REGISTRY.collect() for name in (metric.name, f"{metric.name}_total")}
+    for file in RULES:
+        expressions = re.sub(r"(?m)^\s*#.*$|summary:.*$", "", file.read_text())
+        asked = set(re.findall(r"\bmuster_\w+", expressions))
+        assert asked
+        assert asked <= exported, asked - exported
