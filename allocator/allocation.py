@@ -1,44 +1,53 @@
-"""Handing out work: proposals from the index, decided by the database, completed with personas."""
+"""Handing out work: proposals from the index, decided by the database, completed with exits and personas."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from allocator.availability import OrganizationIndex, Selection
 from allocator.clients import ClientIdentity
+from allocator.dealing import Wish
 from allocator.explanation import BlockerKind, NoWork
 from allocator.metrics import BATCH_SECONDS, NO_WORK, UNITS
-from allocator.packages import Demand, Package, Pick
+from allocator.packages import Demand, Package, Pick, SimulatedUnit
 from services.coalesce import Coalescer
 from services.errors import DomainError, Overloaded
 
 if TYPE_CHECKING:
     from allocator.allocation_store import AllocationStore
-    from allocator.availability import Availability
+    from allocator.availability import Availability, OrganizationIndex
     from allocator.clients import Clients
     from allocator.explanation import Explanation
+    from allocator.external_exits import ExternalExits
+    from allocator.organization_share import OrganizationShare
     from allocator.personas import Personas
 
-_BATCH_CALLS = 256
+_BATCH_CALLS = 1024
 _BATCH_UNITS = 1024
 _WAITING_CALLS = 4096
+# While one batch waits for the disk another is made ready, if there is enough for it.
+_LANES = 2
+_LEAST_BESIDE_UNITS = 128
 # How often a proposal may be beaten by other replicas before the caller is asked to come again.
 _TRIES = 8
 # How often those who wait for work look again when nothing on this replica tells them to.
 _LOOK_SECONDS = 1.0
+# Slots, and exits, that a large batch takes its units from, and the most units that one gives it at a time.
+_SPREAD = 64
+_LONGEST_TURN = 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A demand, and the persona needs that cannot be met for it now."""
+    """A demand, and what may serve it."""
 
     demand: Demand
-    avoid: frozenset[str] = frozenset()
+    wish: Wish
 
 
 Outcome = list[Package] | NoWork
@@ -51,8 +60,10 @@ class Allocation:
         store: The database.
         availability: Proposes.
         explanation: Says why there is nothing.
+        external_exits: Completes packages whose slots ask for one.
         personas: Completes packages.
         clients: Registers who asks.
+        share: Gives the organizations their turns.
         duration_seconds: How long a lease lasts.
         greatest_age_seconds: How old renewals may make it.
         draining: Ends the waiting when the service stops.
@@ -63,8 +74,10 @@ class Allocation:
         store: AllocationStore,
         availability: Availability,
         explanation: Explanation,
+        external_exits: ExternalExits,
         personas: Personas,
         clients: Clients,
+        share: OrganizationShare,
         *,
         duration_seconds: float,
         greatest_age_seconds: float,
@@ -73,8 +86,10 @@ class Allocation:
         self._store = store
         self._availability = availability
         self._explanation = explanation
+        self._external_exits = external_exits
         self._personas = personas
         self._clients = clients
+        self._share = share
         self.duration_seconds = duration_seconds
         self._greatest_age_seconds = greatest_age_seconds
         self._draining = draining
@@ -109,41 +124,89 @@ class Allocation:
             UNITS.inc(len(outcome))
         return outcome
 
+    async def simulate(
+        self, organization_id: UUID, client_id: str, max_items: int, target: str | None, region: str | None
+    ) -> list[SimulatedUnit] | NoWork:
+        """Returns what a client would be given now, by the same choice, or why nothing. Leases nothing.
+
+        The database's last word is not asked for, and neither personas nor external exits are tried.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        index = self._availability.of(organization_id).preview()
+        needs, providers = self._personas.failing(organization_id), self._external_exits.failing(organization_id)
+        wish = Wish(target or "", region or "", needs, providers)
+        try:
+            await index.refresh()
+            picks = [] if client_id in index.draining else await index.choose(wish, max_items, _turn(max_items))
+        finally:
+            await index.close()
+        no_work = None if picks else await self._why(organization_id, index, client_id, wish, {})
+        if no_work is not None:
+            return no_work
+        keywords = await self._store.keywords(organization_id, [pick.slot_id for pick in picks])
+        return [
+            SimulatedUnit(
+                slot_id=pick.slot_id,
+                keyword=keywords.get(pick.slot_id, ""),
+                target=pick.slot_class.target,
+                exit_id=pick.exit.exit_id if pick.exit else None,
+                exit_provider=pick.slot_class.exit_provider,
+                needs_persona=pick.slot_class.need is not None,
+            )
+            for pick in picks
+        ]
+
     async def close(self) -> None:
         """Waits for what was begun."""
         for queue in self._queues.values():
             await queue.close()
 
     async def _serve(self, organization_id: UUID, demand: Demand) -> Outcome:
-        """Allocates, and once more from other slots for every kind of persona that is not to be had."""
-        lately = self._personas.failing(organization_id)
-        avoid = frozenset(lately)
+        """Allocates, and once more from other slots for every kind of persona or exit that is not to be had."""
+        failing, sources = self._personas.failing(organization_id), self._external_exits.failing(organization_id)
+        needs: frozenset[str] = frozenset()
+        providers: frozenset[tuple[str, str]] = frozenset()
         missed: NoWork | None = None
         while True:
-            outcome = await self._queue(organization_id).submit(_Attempt(demand, avoid))
+            wish = Wish(demand.target, demand.region, needs | failing, providers | sources)
+            outcome = await self._queue(organization_id).submit(_Attempt(demand, wish))
             if isinstance(outcome, NoWork):
-                if lately:
-                    # Others failed for a persona a moment ago; before this caller hears so, it is tried for it.
-                    avoid -= lately
-                    lately = frozenset()
+                if failing or sources:
+                    # Others failed for these a moment ago; before this caller hears so, they are tried for it.
+                    failing, sources = frozenset(), frozenset()
                     continue
                 return missed or outcome
-            ready, failed = await self._personas.complete(organization_id, demand.request_id, outcome)
+            ready, without_exit = await self._external_exits.complete(organization_id, demand.request_id, outcome)
+            if without_exit.providers:
+                providers |= without_exit.providers
+                missed = without_exit.no_work
             if ready:
-                return ready
-            avoid |= failed.needs
-            missed = failed.no_work
+                ready, without_persona = await self._personas.complete(organization_id, demand.request_id, ready)
+                if ready:
+                    return ready
+                needs |= without_persona.needs
+                missed = without_persona.no_work
 
     def _queue(self, organization_id: UUID) -> Coalescer[_Attempt, Outcome]:
         queue = self._queues.get(organization_id)
         if queue is None:
 
             async def run(attempts: Sequence[_Attempt]) -> Sequence[Outcome | BaseException]:
-                with BATCH_SECONDS.labels("allocate").time():
-                    return await self._run(organization_id, attempts)
+                units = sum(map(_units, attempts))
+                async with self._share.turn(organization_id, units):
+                    with BATCH_SECONDS.labels("allocate").time():
+                        return await self._run(organization_id, attempts)
 
             queue = self._queues[organization_id] = Coalescer(
-                "allocate", run, max_batch=_BATCH_CALLS, max_waiting=_WAITING_CALLS
+                "allocate",
+                run,
+                max_batch=_BATCH_CALLS,
+                max_waiting=_WAITING_CALLS,
+                lanes=_LANES,
+                weigh=_units,
+                least_beside=_LEAST_BESIDE_UNITS,
             )
         return queue
 
@@ -153,7 +216,7 @@ class Allocation:
         tries = 0
         while waiting:
             batch, later = _fitting(attempts, waiting)
-            fresh = time.monotonic() if tries else None
+            fresh = time.monotonic() if tries else float("-inf")
             await self._try(organization_id, attempts, batch, outcomes, fresh)
             beaten = [number for number in batch if number not in outcomes]
             tries = tries + 1 if beaten else 0
@@ -172,24 +235,18 @@ class Allocation:
         attempts: Sequence[_Attempt],
         batch: Sequence[int],
         outcomes: dict[int, Outcome | BaseException],
-        fresh: float | None,
+        fresh: float,
     ) -> None:
         """Settles what it can of a batch; what it proposed for in vain stays open."""
         index = self._availability.of(organization_id)
-        begun = time.monotonic()
-        picks, blank = [], set()
-        untracked: set[UUID] = set()
-        for number in batch:
-            proposal = await self._propose(index, attempts[number], (fresh, begun), untracked)
-            picks.append(proposal)
-            if not proposal:
-                blank.add(number)
-        if untracked:
-            await self._store.ensure_tracking(organization_id, sorted(untracked))
+        async with index.choosing:
+            picks = await self._propose(index, attempts, batch, fresh)
+            work_date = index.work_date
         answers = await self._store.allocate(
             organization_id,
+            work_date,
             [attempts[number].demand for number in batch],
-            picks,
+            [picks.get(number, []) for number in batch],
             duration_seconds=self.duration_seconds,
             greatest_age_seconds=self._greatest_age_seconds,
         )
@@ -197,52 +254,38 @@ class Allocation:
         for number, answer in zip(batch, answers, strict=True):
             if isinstance(answer, DomainError) or answer:
                 outcomes[number] = answer
-            elif number in blank:
+            elif number not in picks:
                 # Asked after the batch has committed, so that what the batch itself took counts.
-                no_work = await self._why(organization_id, index, attempts[number], reasons)
+                attempt = attempts[number]
+                no_work = await self._why(organization_id, index, attempt.demand.client_id, attempt.wish, reasons)
                 if no_work is not None:
                     outcomes[number] = no_work
 
     async def _propose(
-        self,
-        index: OrganizationIndex,
-        attempt: _Attempt,
-        moments: tuple[float | None, float],
-        untracked: set[UUID],
-    ) -> list[Pick]:
-        """Returns the picks for a demand; none only if what the database held since the last moment is used up."""
-        for since in moments:
-            await index.refresh_exits(since)
-            if attempt.demand.client_id in index.draining_clients:
-                return []
-            picks = await self._pick(index, attempt, since, untracked)
-            if picks:
-                return picks
-        return []
-
-    async def _pick(
-        self, index: OrganizationIndex, attempt: _Attempt, since: float | None, untracked: set[UUID]
-    ) -> list[Pick]:
-        demand = attempt.demand
-        region = demand.region or None
-        selection = Selection(demand.target or None, avoid=attempt.avoid)
-        picks: list[Pick] = []
-        while len(picks) < demand.max_items:
-            if not index.has_exit(region):
-                # What is left must need none.
-                selection = replace(selection, exitless=True)
-            await index.refresh_slots(selection, since)
-            for slot in index.slots(selection):
-                if not slot.tracked:
-                    untracked.add(slot.slot_id)
-                    slot.tracked = True
-                exit_ = None if slot.without_exit else index.take_exit(region)
-                if exit_ is None and not slot.without_exit:
-                    break
-                picks.append(Pick(slot.slot_id, exit_.exit_id if exit_ else None))
-                if len(picks) == demand.max_items:
-                    break
-            else:
+        self, index: OrganizationIndex, attempts: Sequence[_Attempt], batch: Sequence[int], fresh: float
+    ) -> dict[int, list[Pick]]:
+        """Returns the picks of each demand; without any only if what the database held since then is used up."""
+        begun = time.monotonic()
+        index.begin_batch()
+        turn = _turn(sum(attempts[number].demand.max_items for number in batch))
+        picks: dict[int, list[Pick]] = {}
+        waiting = list(batch)
+        for since in (fresh, begun):
+            await index.refresh(since)
+            by_wish: dict[Wish, list[int]] = {}
+            for number in waiting:
+                if attempts[number].demand.client_id not in index.draining:
+                    by_wish.setdefault(attempts[number].wish, []).append(number)
+            for wish, numbers in by_wish.items():
+                units = sum(attempts[number].demand.max_items for number in numbers)
+                found = await index.choose(wish, units, turn, since)
+                at = 0
+                for number in numbers:
+                    if share := found[at : at + attempts[number].demand.max_items]:
+                        picks[number] = share
+                        at += len(share)
+            waiting = [number for number in waiting if number not in picks]
+            if not waiting:
                 break
         return picks
 
@@ -250,22 +293,31 @@ class Allocation:
         self,
         organization_id: UUID,
         index: OrganizationIndex,
-        attempt: _Attempt,
+        client_id: str,
+        wish: Wish,
         reasons: dict[tuple[str, str], NoWork | None],
     ) -> NoWork | None:
         """Returns why there is nothing; None when by now there is something. `reasons` holds the batch's answers."""
-        demand = attempt.demand
-        if demand.client_id in index.draining_clients:
+        if client_id in index.draining:
             return NoWork(BlockerKind.CLIENT_DRAINING, "the client is told to drain", retry_after_seconds=30.0)
-        if attempt.avoid:
-            # Slots whose personas are not to be had were left out: the caller hears of the personas.
+        # Slots whose personas or exits are not to be had were left out: the caller hears of those.
+        if wish.needs:
             return NoWork(BlockerKind.NO_PERSONA, "no persona that matches is idle", retry_after_seconds=2.0)
-        asked = (demand.target, demand.region)
+        if wish.providers:
+            return NoWork(BlockerKind.EXIT_UNAVAILABLE, "no external exit is to be had", retry_after_seconds=2.0)
+        asked = (wish.target, wish.region)
         if asked not in reasons:
-            reasons[asked] = await self._explanation.no_work(
-                organization_id, demand.target or None, demand.region or None
-            )
+            reasons[asked] = await self._explanation.no_work(organization_id, wish.target or None, wish.region or None)
         return reasons[asked]
+
+
+def _units(attempt: _Attempt) -> int:
+    return attempt.demand.max_items
+
+
+def _turn(units: int) -> int:
+    """Returns how many units a slot, or an exit, gives at a time in a batch of so many."""
+    return min(_LONGEST_TURN, max(1, math.ceil(units / _SPREAD)))
 
 
 def _fitting(attempts: Sequence[_Attempt], waiting: Sequence[int]) -> tuple[list[int], list[int]]:

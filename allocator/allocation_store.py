@@ -1,61 +1,138 @@
-"""Allocation in the database: reservations of quota and exit uses, and the leases that come of them."""
+"""Allocation in the database: what is available, the rows of a day, and the leases that come of proposals."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from datetime import date
+from typing import TYPE_CHECKING
 from uuid import UUID
 
-from allocator.availability import AvailableExit, AvailableSlot, Selection
-from allocator.leases import new_key, new_token
-from allocator.packages import AssignedExit, AssignedPersona, Demand, Package, Pick
-from allocator.slots import PersonaNeed
+from allocator import reservation
+from allocator.dealing import Basics
+from allocator.exit_pool import AvailableExit
+from allocator.packages import AssignedPersona, Demand, Package, Pick
+from allocator.reservation import Names, RequestServed, Unit
+from allocator.slot_windows import AvailableSlot, SlotClass
 from allocator.store import Store
-from services.errors import DomainError, RequestIdReused
+from services.errors import DomainError
 from services.postgres import queries
 
 if TYPE_CHECKING:
-    from services.postgres import Connection
+    from allocator.partitions import Partitions
+    from services.postgres import Connection, Database
 
 _SQL = queries("allocator", "allocation.sql")
 _LEASES = queries("allocator", "leases.sql")
+
+# Slots whose rows of a day are made in one transaction: a tenth of a second's work.
+_PIECE = 5000
+_FIRST = UUID(int=0)
+# How often a request of a batch may be served by another transaction at the very same time.
+_TRIES = 5
+
+Place = tuple[float, UUID]
 
 
 class AllocationStore(Store):
     """Reads what is available and reserves it. Every method is bound to one organization."""
 
-    async def slots_with_room(self, organization_id: UUID, selection: Selection, at_most: int) -> list[AvailableSlot]:
-        """Returns slots of a selection that have room today, the best first. Raises: DatabaseUnavailable."""
-        rows = await self.database.fetch(
-            _SQL["slots_with_room"],
-            organization_id,
-            selection.target,
-            selection.exitless,
-            list(selection.avoid),
-            at_most,
-        )
-        return [AvailableSlot(*row) for row in rows]
+    def __init__(self, database: Database, partitions: Partitions) -> None:
+        super().__init__(database, partitions)
+        self._names = Names()
 
-    async def exits_with_room(self, organization_id: UUID) -> tuple[list[AvailableExit], frozenset[str]]:
-        """Returns the exits with head-room, and the clients that are to drain. Raises: DatabaseUnavailable."""
+    async def basics(self, organization_id: UUID) -> tuple[Basics, list[SlotClass]]:
+        """Returns what the index must know once a second, and the classes. Raises: DatabaseUnavailable."""
         async with self.database.connection() as connection:
-            exits = await connection.fetch(_SQL["exits_with_room"], organization_id)
+            moment = await connection.fetchrow(_SQL["moment"], organization_id)
+            classes = await connection.fetch(_SQL["classes"], organization_id)
             clients = await connection.fetch(_SQL["draining_clients"], organization_id)
-        return [AvailableExit(*row) for row in exits], frozenset(row["client_id"] for row in clients)
+            cooling = await connection.fetch(_SQL["cooling_exits"], organization_id)
+            targets = await connection.fetch(_SQL["limited_targets"], organization_id)
+        by_target: dict[str, set[UUID]] = {}
+        for row in cooling:
+            by_target.setdefault(row["target"], set()).add(row["exit_id"])
+        basics = Basics(
+            work_date=moment["work_date"] if moment else None,
+            complete=moment is None or moment["complete"],
+            draining=frozenset(row["client_id"] for row in clients),
+            cooling={target: frozenset(exits) for target, exits in by_target.items()},
+            rooms={row["target"]: row["room"] for row in targets},
+        )
+        return basics, [SlotClass(*row) for row in classes]
 
-    async def ensure_tracking(self, organization_id: UUID, slots: Sequence[UUID] | None) -> None:
-        """Makes today's rows of slots that have none; None for all eligible ones. Raises: DatabaseUnavailable."""
+    async def windows(
+        self, organization_id: UUID, work_date: date, places: Sequence[tuple[int, float, UUID]], size: int
+    ) -> dict[int, tuple[list[AvailableSlot], Place]]:
+        """Returns slots with units for now, by class, and where the next window begins. Raises: DatabaseUnavailable.
 
-        async def work(connection: Connection) -> None:
-            await connection.execute(_SQL["ensure_tracking"], organization_id, slots)
+        Args:
+            organization_id: The tenant.
+            work_date: The day.
+            places: Of each class where its window begins; behind the last slot it goes on with the first.
+            size: The most slots of each. Fewer means that the class has no others.
+        """
+        async with self.database.transaction() as connection:
+            await connection.execute(_SQL["plan_windows"])
+            rows = await connection.fetch(
+                _SQL["windows"],
+                organization_id,
+                work_date,
+                [class_id for class_id, _, _ in places],
+                [at for _, at, _ in places],
+                [slot for _, _, slot in places],
+                size,
+            )
+        found: dict[int, tuple[list[AvailableSlot], Place]] = {}
+        for class_id, slot_id, open_at, quota, taken, units, weight in rows:
+            slots, _ = found.get(class_id) or ([], (open_at, slot_id))
+            slots.append(AvailableSlot(slot_id, quota * weight, taken, units))
+            found[class_id] = slots, (open_at, slot_id)
+        return found
 
-        await self.atomically(work)
+    async def keywords(self, organization_id: UUID, slots: Sequence[UUID]) -> dict[UUID, str]:
+        """Returns the keywords of slots. Raises: DatabaseUnavailable."""
+        rows = await self.database.fetch(_SQL["keywords"], organization_id, slots)
+        return {row["slot_id"]: row["keyword"] for row in rows}
+
+    async def exits_with_room(self, organization_id: UUID) -> list[AvailableExit]:
+        """Returns the exits with head-room. Raises: DatabaseUnavailable."""
+        return [AvailableExit(*row) for row in await self.database.fetch(_SQL["exits_with_room"], organization_id)]
+
+    async def track_day(self, organization_id: UUID, day: date | None = None) -> bool:
+        """Makes the rows of a day for the next few thousand slots; returns whether all slots have theirs.
+
+        One transaction, so that whoever needs the day is not held up by its whole length. Several replicas may do it at
+        once: each makes another piece.
+
+        Args:
+            organization_id: The tenant.
+            day: None for today.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+
+        async def work(connection: Connection) -> bool:
+            await connection.execute(_SQL["begin_day"], organization_id, day)
+            row = await connection.fetchrow(_SQL["lock_day"], organization_id, day)
+            if row is None or row["complete"]:
+                return True
+            # A statement after the lock: it sees every slot that was made or changed before it was granted.
+            after = row["tracked_to"] or _FIRST
+            slots = [
+                slot["slot_id"] for slot in await connection.fetch(_SQL["next_slots"], organization_id, after, _PIECE)
+            ]
+            complete = len(slots) < _PIECE
+            last = slots[-1] if slots else after
+            await connection.execute(_SQL["track_slots"], organization_id, row["work_date"], slots, last, complete)
+            return complete
+
+        return await self.atomically(work)
 
     async def allocate(
         self,
         organization_id: UUID,
+        work_date: date | None,
         demands: Sequence[Demand],
         picks: Sequence[Sequence[Pick]],
         *,
@@ -69,6 +146,7 @@ class AllocationStore(Store):
 
         Args:
             organization_id: The tenant.
+            work_date: The day the proposals are of; None when there are none.
             demands: With distinct request ids.
             picks: What is proposed for each, one pick a unit.
             duration_seconds: How long a lease lasts.
@@ -80,22 +158,43 @@ class AllocationStore(Store):
         Raises:
             DatabaseUnavailable: nothing was handed out, or the answer of the commit was lost.
         """
+        units = [
+            Unit(number, pick, pick.slot_class.target or f"slot:{pick.slot_id}")
+            for number, proposal in enumerate(picks)
+            for pick in proposal
+        ]
+        names = sorted({unit.target for unit in units})
 
         async def work(connection: Connection) -> list[list[Package] | DomainError]:
-            answers = await _replay(connection, organization_id, demands)
-            fresh = [number for number in range(len(demands)) if number not in answers]
-            units = await _reserve(
-                connection, organization_id, [(number, pick) for number in fresh for pick in picks[number]]
+            begun = await reservation.begin(connection, organization_id, demands, names)
+            if work_date is None:
+                return [begun.answers.get(number, []) for number in range(len(demands))]
+            fresh = [unit for unit in units if unit.number not in begun.answers] if begun.answers else units
+            granted = await reservation.reserve(connection, organization_id, work_date, fresh, begun.targets)
+            packages = await reservation.grant(
+                connection,
+                organization_id,
+                work_date,
+                demands,
+                granted,
+                begun.targets,
+                self._names.fresh(len(granted)),
+                duration_seconds,
+                greatest_age_seconds,
             )
-            granted: dict[int, list[_Unit]] = {number: [] for number in fresh}
-            for unit in units:
-                granted[unit.number].append(unit)
-            packages = await _grant(
-                connection, organization_id, demands, granted, duration_seconds, greatest_age_seconds
-            )
-            return [answers[number] if number in answers else packages[number] for number in range(len(demands))]
+            return [
+                begun.answers[number] if number in begun.answers else packages.get(number, [])
+                for number in range(len(demands))
+            ]
 
-        return await self.atomically(work)
+        for left in reversed(range(_TRIES)):
+            try:
+                return await self.atomically(work)
+            except RequestServed:
+                # Its answer is on record by now, or was taken back.
+                if not left:
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     async def attach_personas(
         self, organization_id: UUID, personas: Sequence[tuple[UUID, AssignedPersona]]
@@ -120,177 +219,3 @@ class AllocationStore(Store):
             return noted
 
         return await self.atomically(work)
-
-
-class _Unit:
-    """One unit of a demand on its way to a lease."""
-
-    __slots__ = ("exit", "number", "pick", "slot")
-
-    def __init__(self, number: int, pick: Pick, slot: Any) -> None:
-        self.number = number
-        self.pick = pick
-        self.slot = slot
-        self.exit: Any = None
-
-
-async def _replay(
-    connection: Connection, organization_id: UUID, demands: Sequence[Demand]
-) -> dict[int, list[Package] | DomainError]:
-    """Claims the request ids; returns the answers of those on record."""
-    ordered = sorted(demands, key=lambda demand: demand.request_id)
-    rows = await connection.fetch(
-        _SQL["claim_requests"],
-        organization_id,
-        [demand.request_id for demand in ordered],
-        [demand.digest for demand in ordered],
-    )
-    claimed = {row["request_id"] for row in rows}
-    repeated = {demand.request_id for demand in demands} - claimed
-    if not repeated:
-        return {}
-    rows = await connection.fetch(_SQL["find_requests"], organization_id, list(repeated))
-    on_record = {row["request_id"]: row for row in rows}
-    answers: dict[int, list[Package] | DomainError] = {}
-    for number, demand in enumerate(demands):
-        if demand.request_id in claimed:
-            continue
-        row = on_record.get(demand.request_id)
-        reused = RequestIdReused(
-            "request_id stands for another request, or its leases have ended: take a fresh one",
-            request_id=str(demand.request_id),
-        )
-        if row is None or row["request_sha256"] != demand.digest:
-            answers[number] = reused
-            continue
-        keys = [UUID(bytes=row["answer"][at : at + 16]) for at in range(0, len(row["answer"]), 16)]
-        live = await connection.fetch(_SQL["live_leases"], organization_id, keys)
-        answers[number] = [_stored_package(lease) for lease in live] or reused
-    return answers
-
-
-async def _reserve(connection: Connection, organization_id: UUID, picks: Sequence[tuple[int, Pick]]) -> list[_Unit]:
-    """Reserves slots, then exits for what was granted; what finds no exit goes back to its slot."""
-    if not picks:
-        return []
-    asked = Counter(pick.slot_id for _, pick in picks)
-    ids = sorted(asked)
-    rows = await connection.fetch(_SQL["reserve_slots"], organization_id, ids, [asked[slot] for slot in ids])
-    slots = {row["slot_id"]: row for row in rows}
-    left = {slot: row["units"] for slot, row in slots.items()}
-    units = []
-    for number, pick in picks:
-        if left.get(pick.slot_id, 0) > 0:
-            left[pick.slot_id] -= 1
-            units.append(_Unit(number, pick, slots[pick.slot_id]))
-    wanted = Counter(unit.pick.exit_id for unit in units if unit.pick.exit_id and not unit.slot["without_exit"])
-    exits = {}
-    if wanted:
-        ids = sorted(exit_id for exit_id in wanted if exit_id)
-        rows = await connection.fetch(_SQL["reserve_exits"], organization_id, ids, [wanted[exit_] for exit_ in ids])
-        exits = {row["exit_id"]: row for row in rows}
-    uses = {exit_id: row["uses"] for exit_id, row in exits.items()}
-    served = []
-    for unit in units:
-        if unit.slot["without_exit"]:
-            served.append(unit)
-        elif unit.pick.exit_id and uses.get(unit.pick.exit_id, 0) > 0:
-            uses[unit.pick.exit_id] -= 1
-            unit.exit = exits[unit.pick.exit_id]
-            served.append(unit)
-    surplus = Counter(unit.pick.slot_id for unit in units) - Counter(unit.pick.slot_id for unit in served)
-    if surplus:
-        ids = sorted(surplus)
-        await connection.execute(
-            _SQL["return_slots"],
-            organization_id,
-            units[0].slot["work_date"],
-            ids,
-            [surplus[slot] for slot in ids],
-        )
-    return served
-
-
-async def _grant(
-    connection: Connection,
-    organization_id: UUID,
-    demands: Sequence[Demand],
-    granted: dict[int, list[_Unit]],
-    duration_seconds: float,
-    greatest_age_seconds: float,
-) -> dict[int, list[Package]]:
-    """Writes the leases and the answers of their requests."""
-    if not granted:
-        return {}
-    keyed = [(new_key(), new_token(), demands[number], unit) for number, units in granted.items() for unit in units]
-    answers: dict[UUID, bytearray] = {}
-    for key, _, demand, _ in keyed:
-        answers.setdefault(demand.request_id, bytearray()).extend(key.bytes)
-    times = await connection.fetchrow(
-        _SQL["grant_leases"],
-        organization_id,
-        [key for key, _, _, _ in keyed],
-        [token for _, token, _, _ in keyed],
-        [unit.slot["work_date"] for *_, unit in keyed],
-        [unit.slot["slot_id"] for *_, unit in keyed],
-        [unit.exit["exit_id"] if unit.exit else None for *_, unit in keyed],
-        [unit.exit["toggle_epoch"] if unit.exit else None for *_, unit in keyed],
-        [demand.client_id for _, _, demand, _ in keyed],
-        [demand.instance_number for _, _, demand, _ in keyed],
-        [unit.slot["persona_need"] for *_, unit in keyed],
-        [demand.traceparent or None for _, _, demand, _ in keyed],
-        duration_seconds,
-        greatest_age_seconds,
-        list(answers),
-        [bytes(answer) for answer in answers.values()],
-        [demands[number].request_id for number, units in granted.items() if not units],
-    )
-    assert times is not None
-    settings: dict[UUID, Any] = {}
-    packages: dict[int, list[Package]] = {number: [] for number in granted}
-    for key, token, demand, unit in keyed:
-        slot = unit.slot
-        if slot["slot_id"] not in settings:
-            settings[slot["slot_id"]] = json.loads(slot["settings"])
-        packages[unit.number].append(
-            Package(
-                key=key,
-                token=token,
-                expires_at=times["expires_at"],
-                renewable_until=times["renewable_until"],
-                slot_id=slot["slot_id"],
-                work_date=slot["work_date"],
-                keyword=slot["keyword"],
-                code=slot["code"],
-                target=slot["target"],
-                settings=settings[slot["slot_id"]],
-                exit=AssignedExit(unit.exit["exit_id"], unit.exit["endpoint"], unit.exit["region"])
-                if unit.exit
-                else None,
-                need=PersonaNeed.from_json(slot["persona_need"]),
-                persona=None,
-                traceparent=demand.traceparent,
-            )
-        )
-    return packages
-
-
-def _stored_package(row: Any) -> Package:
-    return Package(
-        key=row["allocation_key"],
-        token=row["lease_token"],
-        expires_at=row["expires_at"],
-        renewable_until=row["renewable_until"],
-        slot_id=row["slot_id"],
-        work_date=row["work_date"],
-        keyword=row["keyword"],
-        code=row["code"],
-        target=row["target"],
-        settings=json.loads(row["settings"]),
-        exit=AssignedExit(row["exit_id"], row["endpoint"], row["region"]) if row["exit_id"] else None,
-        need=PersonaNeed.from_json(row["persona_need"]),
-        persona=AssignedPersona(row["persona_id"], row["persona_token"], row["persona_generation"])
-        if row["persona_id"]
-        else None,
-        traceparent=row["traceparent"] or "",
-    )

@@ -1,222 +1,305 @@
-"""What is available, in memory: slots with room and exits with head-room, by organization.
+"""What is available, in memory, and the choice among it.
 
-The index only proposes; the database decides. It is read from the database, used up by its own proposals, and read
-again when it is older than `FRESH_SECONDS`, when a write through this replica outdated it, and when a caller would
-otherwise be told that there is nothing. It holds the best `_SLOTS` slots of each selection that is asked for, so its
-cost does not grow with the number of slots.
+The index only proposes; the database decides. It holds the classes of slots (few), of each a window of slots with room,
+and the exits with head-room. All of it is read from the database, used up by its own proposals, and read again when it
+is older than about a second, when a write through this replica outdated it, and when a caller would otherwise be told
+that there is nothing. What is read does not grow with the number of slots.
+
+The greatest priority goes first, but of every 16 units one goes to a lower priority, to the class that waited longest
+for it: nothing starves. Classes that cannot be served now are left out whole: their target lets nothing out, no exit is
+to be had, or their kind of persona or external exit failed a moment ago.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextvars import Context
+from datetime import date
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from allocator.metrics import INDEX_SECONDS
+import structlog
+
+from allocator.dealing import Basics, Dealer, Wish
+from allocator.exit_pool import ExitPool
+from allocator.metrics import INDEX_AGE_SECONDS, INDEX_SECONDS
+from allocator.slot_windows import ClassWindow, window_size
+from services.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from allocator.allocation_store import AllocationStore
+    from allocator.packages import Pick
+
+_log = structlog.get_logger("allocator.availability")
 
 # Only what other replicas did is news; what this one did it has counted itself.
 FRESH_SECONDS = 1.0
-# A refresh takes at most this share of the time, however many slots there are.
-_REFRESH_SHARE = 0.05
-_SLOTS = 1024
-_SELECTIONS = 64
+# Exits are many rows that change often, and the database refuses one that is used up or switched off.
+_FRESH_EXITS_SECONDS = 5.0
+_FRESH_PARTS_SECONDS = 5.0
+# A target that let nothing out may do so again soon.
+_SHORT_SECONDS = 0.1
+# A reading takes at most this share of the time.
+_READING_SHARE = 0.05
+_CLASSES_AT_ONCE = 256
+# Readings of one level for one proposal.
+_ROUNDS = 64
+_WISHES = 64
+# One unit of so many goes to a lower priority.
+_GUARANTEE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which slots a demand may be served from.
+class _Reading:
+    """When something was read, and how long that took."""
 
-    Attributes:
-        target: Only this one; None for any.
-        exitless: Only slots that use no exit, since there is none.
-        avoid: Persona needs, as canonical texts, that cannot be met.
-    """
+    __slots__ = ("begun", "fresh_seconds", "seconds")
 
-    target: str | None = None
-    exitless: bool = False
-    avoid: frozenset[str] = frozenset()
+    def __init__(self, fresh_seconds: float = FRESH_SECONDS) -> None:
+        self.begun = float("-inf")
+        self.seconds = 0.0
+        self.fresh_seconds = fresh_seconds
 
-
-@dataclass(slots=True)
-class AvailableSlot:
-    """A slot with room; `taken` grows as the index proposes it."""
-
-    slot_id: UUID
-    priority: int
-    weight: int
-    quota: int
-    taken: int
-    tracked: bool
-    without_exit: bool
-    persona_need: str
-
-    def rank(self) -> tuple[int, float]:
-        """Priority first; among equals the slot that got the least of its share."""
-        return -self.priority, self.taken / self.quota / self.weight
-
-    def room(self) -> int:
-        """Units left."""
-        return self.quota - self.taken
-
-
-@dataclass(slots=True)
-class AvailableExit:
-    """An exit with head-room; `taken` grows as the index proposes it."""
-
-    exit_id: UUID
-    region: str
-    cap: int
-    taken: int
-
-    def rank(self) -> tuple[int, float]:
-        """The least used first."""
-        return 0, self.taken / self.cap
-
-    def room(self) -> int:
-        """Uses left."""
-        return self.cap - self.taken
-
-
-class Spread:
-    """Takes units from several sources, always from the one that ranks first by now: O(log n) a unit."""
-
-    __slots__ = ("_heap",)
-
-    def __init__(self, sources: Iterable[AvailableSlot | AvailableExit]) -> None:
-        self._heap = [(source.rank(), number, source) for number, source in enumerate(sources)]
-        heapq.heapify(self._heap)
-
-    def has_room(self) -> bool:
-        """Whether any source has room."""
-        while self._heap and self._heap[0][2].room() <= 0:
-            heapq.heappop(self._heap)
-        return bool(self._heap)
-
-    def take(self) -> AvailableSlot | AvailableExit | None:
-        """Returns the source of one unit, None when none has room."""
-        heap = self._heap
-        while heap:
-            rank, number, source = heap[0]
-            if source.room() <= 0:
-                heapq.heappop(heap)
-                continue
-            if rank != (now := source.rank()):
-                # Another region's heap used it.
-                heapq.heapreplace(heap, (now, number, source))
-                continue
-            source.taken += 1
-            heapq.heapreplace(heap, (source.rank(), number, source))
-            return source
-        return None
-
-
-@dataclass(slots=True)
-class _Held:
-    """Something read from the database: when the reading began, how long it took, and whether it is outdated."""
-
-    spread: Spread
-    begun: float
-    seconds: float
-    outdated: bool = False
-
-    def is_stale(self, since: float | None) -> bool:
-        if self.outdated or (since is not None and self.begun < since):
+    def is_stale(self, since: float) -> bool:
+        if self.begun < since:
             return True
-        return self.begun + max(FRESH_SECONDS, self.seconds / _REFRESH_SHARE) < time.monotonic()
+        return self.begun + max(self.fresh_seconds, self.seconds / _READING_SHARE) < time.monotonic()
+
+    def note(self, begun: float) -> None:
+        self.begun = begun
+        self.seconds = time.monotonic() - begun
+        INDEX_SECONDS.observe(self.seconds)
 
 
 class OrganizationIndex:
     """What is available to one organization.
 
-    Used from one batch at a time, as its coalescer sees to.
-
     Args:
         organization_id: The tenant.
         store: Reads the database.
+
+    Attributes:
+        choosing: Held by the batch that chooses; the others reserve meanwhile.
+        changed: Set when something was given back or added here, for those who wait for work.
     """
 
     def __init__(self, organization_id: UUID, store: AllocationStore) -> None:
         self._organization_id = organization_id
         self._store = store
-        self._slots: OrderedDict[Selection, _Held] = OrderedDict()
-        self._exits: dict[str | None, Spread] = {}
-        self._exits_held: _Held | None = None
-        self.draining_clients: frozenset[str] = frozenset()
-        # Set when something was given back or added here, for those who wait for work.
+        self._basics = Basics()
+        self._basics_read = _Reading()
+        self._dealer = Dealer()
+        self._exits_read = _Reading(_FRESH_EXITS_SECONDS)
+        self._windows: dict[int, ClassWindow] = {}
+        self._window_seconds = 0.0
+        self._levels: OrderedDict[Wish, list[list[ClassWindow]]] = OrderedDict()
+        self._outdated = float("-inf")
+        self._owed = 0.0
+        self._days: asyncio.Task[None] | None = None
+        self.choosing = asyncio.Lock()
         self.changed = asyncio.Event()
 
+    @property
+    def work_date(self) -> date | None:
+        """The day that is being worked on."""
+        return self._basics.work_date
+
+    @property
+    def draining(self) -> frozenset[str]:
+        """Clients that get nothing."""
+        return self._basics.draining
+
     def outdate(self) -> None:
-        """Notes that the database has more to offer than the index knows."""
-        for held in self._slots.values():
-            held.outdated = True
-        if self._exits_held is not None:
-            self._exits_held.outdated = True
+        """Notes that the database has more to offer, or less, than the index knows."""
+        self._outdated = time.monotonic()
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def refresh_exits(self, since: float | None = None) -> None:
-        """Reads the exits and the draining clients if need be.
+    def begin_batch(self) -> None:
+        """Begins to note what is proposed, of which the database does not know yet."""
+        self._dealer.begin_batch()
+
+    def preview(self) -> OrganizationIndex:
+        """Returns another index that stands as this one does: what it proposes, this one would."""
+        other = OrganizationIndex(self._organization_id, self._store)
+        other._owed, other._dealer.proposals = self._owed, self._dealer.proposals
+        for class_id, window in self._windows.items():
+            copy = other._windows[class_id] = ClassWindow(window.slots)
+            copy.place, copy.served = window.place, window.served
+        return other
+
+    async def refresh(self, since: float = float("-inf")) -> None:
+        """Reads what is stale, but for the windows.
 
         Args:
-            since: A moment of `time.monotonic` that the reading must not precede.
+            since: A moment of `time.monotonic` that the readings must not precede.
         """
-        held = self._exits_held
-        if held is not None and not held.is_stale(since):
+        since = max(since, self._outdated)
+        self._basics_read.fresh_seconds = _SHORT_SECONDS if self._dealer.is_short else FRESH_SECONDS
+        if self._basics_read.is_stale(since):
+            begun = time.monotonic()
+            basics, classes = await self._store.basics(self._organization_id)
+            if basics.work_date != self._basics.work_date:
+                self._windows.clear()
+                self._levels.clear()
+            self._basics = basics
+            self._dealer.limit(basics.rooms or {})
+            self._dealer.exits.cool(basics.cooling or {})
+            for slots in classes:
+                if slots.class_id not in self._windows:
+                    self._windows[slots.class_id] = ClassWindow(slots)
+                    self._levels.clear()
+            self._basics_read.note(begun)
+            if not basics.complete:
+                await self._make_day()
+        if self._exits_read.is_stale(since):
+            begun = time.monotonic()
+            exits = await self._store.exits_with_room(self._organization_id)
+            for exit_ in exits:
+                exit_.place = self._dealer.exits.place_of(exit_.exit_id)
+                exit_.taken += self._dealer.proposed_exits[exit_.exit_id]
+            self._dealer.exits = ExitPool(exits, self._basics.cooling)
+            self._exits_read.note(begun)
+        INDEX_AGE_SECONDS.observe(time.monotonic() - min(self._basics_read.begun, self._exits_read.begun))
+
+    async def choose(self, wish: Wish, units: int, turn: int, since: float = float("-inf")) -> list[Pick]:
+        """Proposes up to `units`; fewer only if what the index may rely on holds no more.
+
+        Args:
+            wish: Which slots may serve.
+            units: How many are asked for.
+            turn: How many units a slot, or an exit, gives at a time where there are many.
+            since: As in `refresh`; the windows too.
+        """
+        while True:
+            await self.refresh(since)
+            picks = await self._choose(wish, units, turn, max(since, self._outdated))
+            if picks or self._basics.complete:
+                return picks
+            # Nothing so far, but not every slot has its row of today.
+            await self._store.track_day(self._organization_id)
+            since = time.monotonic()
+
+    async def _choose(self, wish: Wish, units: int, turn: int, since: float) -> list[Pick]:
+        self._dealer.proposals += 1
+        levels = self._levels_of(wish)
+        picks: list[Pick] = []
+        if len(levels) > 1:
+            self._owed += units / _GUARANTEE
+            if self._owed >= 1:
+                picks += await self._serve_waiting(levels[1:], wish, min(units, int(self._owed)), turn, since)
+                self._owed %= 1.0
+        for number, level in enumerate(levels):
+            for _ in range(_ROUNDS):
+                if len(picks) == units:
+                    break
+                read = await self._read(level, levels[number + 1 :], since)
+                got = self._dealer.deal(level, wish, units - len(picks), turn)
+                picks += got
+                if not got and not read:
+                    break
+            if len(picks) == units:
+                break
+        return picks
+
+    async def _serve_waiting(
+        self, levels: list[list[ClassWindow]], wish: Wish, units: int, turn: int, since: float
+    ) -> list[Pick]:
+        waiting = sorted((window for level in levels for window in level), key=_served)
+        picks: list[Pick] = []
+        for number, window in enumerate(waiting):
+            await self._read([window], [waiting[number + 1 :]], since)
+            got = self._dealer.deal([window], wish, units - len(picks), turn)
+            window.served = self._dealer.proposals
+            picks += got
+            if len(picks) == units:
+                break
+        return picks
+
+    def _levels_of(self, wish: Wish) -> list[list[ClassWindow]]:
+        """Returns the classes that may serve a wish, by priority."""
+        levels = self._levels.get(wish)
+        if levels is None:
+            by_priority: dict[int, list[ClassWindow]] = {}
+            for window in self._windows.values():
+                if wish.admits(window):
+                    by_priority.setdefault(-window.slots.priority, []).append(window)
+            levels = self._levels[wish] = [by_priority[priority] for priority in sorted(by_priority)]
+            if len(self._levels) > _WISHES:
+                self._levels.popitem(last=False)
+        return levels
+
+    async def _read(self, level: Sequence[ClassWindow], lower: Sequence[Sequence[ClassWindow]], since: float) -> bool:
+        """Reads windows of a level that are stale or used up, and at once those of lower ones, a bounded number.
+
+        The classes that waited longest first, so that all are read in turns. Returns whether any was stale.
+        """
+        # The more classes, the longer each is relied on; whoever would get nothing looks afresh.
+        age = max(FRESH_SECONDS * len(self._windows) / _CLASSES_AT_ONCE, FRESH_SECONDS)
+        fresh = max(since, time.monotonic() - max(age, self._window_seconds / _READING_SHARE))
+        # Part of a class that is not used up yet holds no less than any other part.
+        fresh_part = max(since, fresh - _FRESH_PARTS_SECONDS)
+        wanted = [
+            window for window in level if window.is_used_up or window.begun < (fresh if window.is_whole else fresh_part)
+        ]
+        if not wanted:
+            return False
+        if len(wanted) > _CLASSES_AT_ONCE:
+            wanted.sort(key=_served)
+        for others in lower:
+            if len(wanted) >= _CLASSES_AT_ONCE:
+                break
+            wanted += [window for window in others if window.begun < fresh]
+        await self._read_windows(wanted[:_CLASSES_AT_ONCE])
+        return True
+
+    async def _read_windows(self, windows: list[ClassWindow]) -> None:
+        if self._basics.work_date is None:
             return
         begun = time.monotonic()
-        exits, self.draining_clients = await self._store.exits_with_room(self._organization_id)
-        by_region: dict[str | None, list[AvailableExit]] = {None: exits}
-        for exit_ in exits:
-            by_region.setdefault(exit_.region, []).append(exit_)
-        # Regions share the exits themselves, so what one takes the other misses.
-        self._exits = {region: Spread(members) for region, members in by_region.items()}
-        self._exits_held = self._read(self._exits[None], begun)
+        size = window_size(len(windows))
+        found = await self._store.windows(
+            self._organization_id,
+            self._basics.work_date,
+            [(window.slots.class_id, *window.place) for window in windows],
+            size,
+        )
+        for window in windows:
+            rows, place = found.get(window.slots.class_id, ([], window.place))
+            proposed = self._dealer.proposed_slots
+            for slot in rows:
+                if units := proposed.get(slot.slot_id):
+                    slot.taken += units
+                    slot.room -= units
+            whole = len(rows) < size
+            if not whole:
+                window.place = place
+            window.show((slot for slot in rows if slot.room > 0), begun, whole=whole)
+        self._window_seconds = time.monotonic() - begun
+        INDEX_SECONDS.observe(self._window_seconds)
 
-    async def refresh_slots(self, selection: Selection, since: float | None = None) -> None:
-        """Reads the slots of a selection if need be; `since` as in `refresh_exits`."""
-        held = self._slots.get(selection)
-        if held is not None and not held.is_stale(since):
-            self._slots.move_to_end(selection)
-            return
-        begun = time.monotonic()
-        slots = await self._store.slots_with_room(self._organization_id, selection, _SLOTS)
-        self._slots[selection] = self._read(Spread(slots), begun)
-        self._slots.move_to_end(selection)
-        if len(self._slots) > _SELECTIONS:
-            self._slots.popitem(last=False)
+    async def _make_day(self) -> None:
+        """Makes some rows of today, so that there is work at once, and begins to make the others behind it."""
+        if self._days is None or self._days.done():
+            if not await self._store.track_day(self._organization_id):
+                self._days = asyncio.create_task(self._make_rest_of_day(), name="days", context=Context())
+            self.outdate()
 
-    def slots(self, selection: Selection) -> Iterator[AvailableSlot]:
-        """Takes units of slots, without end while there is room."""
-        spread = self._slots[selection].spread
-        while (slot := spread.take()) is not None:
-            assert isinstance(slot, AvailableSlot)
-            yield slot
+    async def _make_rest_of_day(self) -> None:
+        try:
+            while not await self._store.track_day(self._organization_id):
+                self.outdate()
+        except DatabaseUnavailable as error:
+            _log.warning("the day's rows wait for the database", error=error.message)
+        self.outdate()
 
-    def has_exit(self, region: str | None) -> bool:
-        """Whether any exit has head-room."""
-        spread = self._exits.get(region)
-        return spread is not None and spread.has_room()
-
-    def take_exit(self, region: str | None) -> AvailableExit | None:
-        """Takes one use of the least used exit, None when none has head-room."""
-        spread = self._exits.get(region)
-        taken = spread.take() if spread else None
-        assert taken is None or isinstance(taken, AvailableExit)
-        return taken
-
-    @staticmethod
-    def _read(spread: Spread, begun: float) -> _Held:
-        seconds = time.monotonic() - begun
-        INDEX_SECONDS.observe(seconds)
-        return _Held(spread, begun, seconds)
+    async def close(self) -> None:
+        """Ends what goes on behind it; whoever needs the day next goes on."""
+        if self._days is not None:
+            self._days.cancel()
+            await asyncio.gather(self._days, return_exceptions=True)
 
 
 class Availability:
@@ -237,3 +320,12 @@ class Availability:
         """Notes that an organization has more to offer, or less, than its index knows."""
         if (index := self._organizations.get(organization_id)) is not None:
             index.outdate()
+
+    async def close(self) -> None:
+        """Ends what goes on behind the indexes."""
+        for index in self._organizations.values():
+            await index.close()
+
+
+def _served(window: ClassWindow) -> int:
+    return window.served

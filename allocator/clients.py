@@ -31,8 +31,8 @@ SILENT_SECONDS = 600.0
 # The documents' bound for "idle".
 _IDLE_SECONDS = 30 * 86400.0
 
-# A client that calls thousands of times a second is noted once a second: online means within ten minutes.
-_NOTED_SECONDS = 1.0
+# A client that calls thousands of times a second is noted twice a minute: online means within ten minutes.
+_NOTED_SECONDS = 30.0
 # Trackers renew every lease every 30 s; who renews is noted half as often.
 _RENEWAL_NOTED_SECONDS = 60.0
 # A renewal may have gone unnoted for so long, and an instance must really have been silent for ten minutes.
@@ -102,8 +102,13 @@ class Clients:
         noted = self._noted.get((organization_id, client))
         if noted is not None and noted + _NOTED_SECONDS > now:
             return
-        await self._store.meet(organization_id, client)
+        # Before the database has it, so that concurrent calls of one client note it once.
         _remember(self._noted, (organization_id, client), now)
+        try:
+            await self._store.meet(organization_id, client)
+        except BaseException:
+            self._noted.pop((organization_id, client), None)
+            raise
 
     async def heard_of(self, organization_id: UUID, holders: Collection[tuple[str, int]]) -> None:
         """Notes that instances live because their leases are renewed, by themselves or on their behalf.

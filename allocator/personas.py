@@ -110,6 +110,8 @@ class Personas:
             DatabaseUnavailable: a retry completes the packages.
         """
         lacking = [package for package in packages if not package.is_complete]
+        if not lacking:
+            return list(packages), Failed(frozenset(), _NO_MATCH)
         answers = await self._answers(organization_id, lacking)
         ready = []
         for package in packages:

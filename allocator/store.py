@@ -48,10 +48,13 @@ class Store:
                 if not left:
                     raise
             except asyncpg.CheckViolationError as error:
-                # PostgreSQL reports a row without a partition as a violated check without a name.
-                if error.constraint_name or not left:
+                if not left:
                     raise
-                await self._partitions.ensure()
+                # PostgreSQL checks a row's new version as projected from the one that the statement began with, before
+                # it finds that the row has moved on: what a statement that had to wait violates may be no violation.
+                # It reports a row without a partition as a violated check without a name.
+                if not error.constraint_name:
+                    await self._partitions.ensure()
             except asyncpg.LockNotAvailableError as error:
                 raise DatabaseUnavailable(
                     "a row stayed locked for too long; nothing was changed", retry_after_seconds=1.0

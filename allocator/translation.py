@@ -8,9 +8,11 @@ from datetime import date, datetime
 from typing import Any
 from uuid import UUID
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from muster.allocator.v1 import slot_pb2, work_pb2
 
+from allocator.blockers import NoWork
 from allocator.clients import ClientIdentity
 from allocator.leases import LeaseName
 from allocator.slots import Setting, Tracking
@@ -54,6 +56,15 @@ def client_identity(checks: Checks, owner: Any, context: Context) -> ClientIdent
         instance_number=checks.number("client.instance_number", client.instance_number, least=0, most=65535),
         user_folder_number=checks.number("client.user_folder_number", client.user_folder_number, least=0, most=65535),
         client_ip=address,
+    )
+
+
+def no_work_message(no_work: NoWork) -> work_pb2.NoWork:
+    """Returns why nothing is handed out."""
+    retry_after = Duration()
+    retry_after.FromMilliseconds(int(no_work.retry_after_seconds * 1000))
+    return work_pb2.NoWork(
+        blocker=work_pb2.BlockerKind.ValueType(no_work.blocker), message=no_work.message, retry_after=retry_after
     )
 
 

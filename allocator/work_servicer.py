@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
 
-from google.protobuf.duration_pb2 import Duration
 from muster.allocator.v1 import work_pb2, work_pb2_grpc
 
 from allocator.allocation import Allocation
-from allocator.clients import Clients
+from allocator.clients import ClientIdentity, Clients
 from allocator.explanation import NoWork
-from allocator.leases import LeaseName, Leases, Status
-from allocator.packages import Demand, Package
-from allocator.results import Acknowledgement, Product, Results, Submission
+from allocator.leases import LeaseName, Leases
+from allocator.package_bytes import length, packages_bytes
+from allocator.packages import Demand
+from allocator.results import Results
+from allocator.submissions import answers, submissions
 from allocator.translation import (
     client_identity,
-    day_text,
     item_error,
     lease_name,
     moment,
-    settings,
-    settings_message,
+    no_work_message,
 )
-from services import requests
 from services.call import current
 from services.errors import DomainError, InvalidField
 from services.status import Context
@@ -34,17 +33,11 @@ from services.validate import Checks
 
 _MOST_ITEMS = 256
 _MOST_LEASES = 1000
-_MOST_PRODUCTS = 1000
-_MOST_RESULT_BYTES = 4 * 2**20
-_DAY_SECONDS = 86400.0
 _UNANSWERED = 64
+# The tags of a stream's answer.
+_SEQUENCE = b"\x08"
+_ALLOCATE = b"\x12"
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z")
-
-_OUTCOMES: dict[int, Status] = {
-    work_pb2.WORK_OUTCOME_SUCCEEDED: Status.SUCCEEDED,
-    work_pb2.WORK_OUTCOME_FAILED: Status.FAILED,
-    work_pb2.WORK_OUTCOME_BLOCKED: Status.BLOCKED,
-}
 
 
 class WorkServicer(work_pb2_grpc.WorkServiceServicer):
@@ -68,36 +61,30 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         self, request: work_pb2.AllocateWorkRequest, context: Context
     ) -> work_pb2.AllocateWorkResponse:
         """Hands out work."""
+        return work_pb2.AllocateWorkResponse.FromString(await self._allocate(request, context))
+
+    async def _allocate(self, request: work_pb2.AllocateWorkRequest, context: Context) -> bytes:
+        """Returns the answer to a demand, encoded."""
         checks = Checks()
+        client = client_identity(checks, request, context)
         demand = Demand(
             request_id=checks.uuid("request_id", request.request_id),
-            digest=_digest(request),
-            client_id=request.client.client_id,
-            instance_number=request.client.instance_number,
+            digest=_digest(request, client),
+            client_id=client.client_id,
+            instance_number=client.instance_number,
             max_items=checks.number("max_items", request.max_items or 1, least=1, most=_MOST_ITEMS),
-            target=checks.text("target", request.target, max_length=128),
-            region=checks.text("region", request.region, max_length=64),
+            target=checks.text("target", request.target, max_length=128) if request.target else "",
+            region=checks.text("region", request.region, max_length=64) if request.region else "",
             traceparent=request.traceparent,
         )
-        client = client_identity(checks, request, context)
         wait = checks.duration(request, "wait", least=0, most=30) or 0.0
-        if request.traceparent and not _TRACEPARENT.match(request.traceparent):
+        if demand.traceparent and not _TRACEPARENT.match(demand.traceparent):
             checks.fail("traceparent", "must be a W3C traceparent of version 00, 55 characters")
         checks.done()
         outcome = await self._allocation.allocate(await self._organization(), client, demand, wait)
         if isinstance(outcome, NoWork):
-            retry_after = Duration()
-            retry_after.FromMilliseconds(int(outcome.retry_after_seconds * 1000))
-            return work_pb2.AllocateWorkResponse(
-                no_work=work_pb2.NoWork(
-                    blocker=work_pb2.BlockerKind.ValueType(outcome.blocker),
-                    message=outcome.message,
-                    retry_after=retry_after,
-                )
-            )
-        duration = Duration()
-        duration.FromMilliseconds(int(self._allocation.duration_seconds * 1000))
-        return work_pb2.AllocateWorkResponse(allocations=[_allocation(package, duration) for package in outcome])
+            return work_pb2.AllocateWorkResponse(no_work=no_work_message(outcome)).SerializeToString()
+        return packages_bytes(outcome, self._allocation.duration_seconds)
 
     async def RenewLeases(self, request: work_pb2.RenewLeasesRequest, context: Context) -> work_pb2.RenewLeasesResponse:
         """Renews leases."""
@@ -133,48 +120,10 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         """Records results."""
         checks = Checks()
         client = client_identity(checks, request, context)
-        checks.count("results", request.results, least=1, most=_MOST_ITEMS)
-        if request.ByteSize() > _MOST_RESULT_BYTES:
-            checks.fail("results", f"at most {_MOST_RESULT_BYTES} bytes in all, is {request.ByteSize()}")
+        given = submissions(checks, request, client)
         checks.done()
-        submissions = []
-        for number, result in enumerate(request.results):
-            path = f"results[{number}]"
-            if not result.HasField("lease"):
-                checks.fail(f"{path}.lease", "required")
-            outcome = checks.choice(f"{path}.outcome", result.outcome, _OUTCOMES, "SUCCEEDED, FAILED, BLOCKED")
-            blocked = outcome == work_pb2.WORK_OUTCOME_BLOCKED
-            if result.block_type and not blocked:
-                checks.fail(f"{path}.block_type", "must be empty unless the outcome is BLOCKED")
-            seconds = checks.duration(
-                result, "execution_time", least=0, most=_DAY_SECONDS, required=True, path=f"{path}.execution_time"
-            )
-            retry_after = checks.duration(result, "retry_after", least=0, most=_DAY_SECONDS, path=f"{path}.retry_after")
-            submissions.append(
-                Submission(
-                    name=lease_name(checks, f"{path}.lease", result.lease),
-                    client=client,
-                    status=_OUTCOMES.get(outcome, Status.FAILED),
-                    block_type=checks.text(
-                        f"{path}.block_type", result.block_type, min_length=int(blocked), max_length=64
-                    ),
-                    execution_time_ms=round((seconds or 0.0) * 1000),
-                    applied_settings=settings(checks, f"{path}.applied_settings", result.applied_settings),
-                    exit_ip=checks.address(f"{path}.exit_ip", result.exit_ip),
-                    products=_products(checks, path, result),
-                    retry_after_ms=None if retry_after is None else round(retry_after * 1000),
-                    error_message=checks.text(f"{path}.error_message", result.error_message, max_length=1024),
-                    persona_used=result.persona_used,
-                )
-            )
-        checks.done()
-        answers = await self._results.submit(await self._organization(), client, submissions)
-        return work_pb2.SubmitResultsResponse(
-            results=[
-                _acknowledgement(submission.name, answer)
-                for submission, answer in zip(submissions, answers, strict=True)
-            ]
-        )
+        answered = await self._results.submit(await self._organization(), client, given)
+        return work_pb2.SubmitResultsResponse(results=answers(given, answered))
 
     async def Heartbeat(self, request: work_pb2.HeartbeatRequest, context: Context) -> work_pb2.HeartbeatResponse:
         """Notes that an instance lives, or that it ends."""
@@ -249,8 +198,10 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         try:
             match request.WhichOneof("call"):
                 case "allocate":
-                    allocated = await self.AllocateWork(request.allocate, context)
-                    return work_pb2.WorkStreamResponse(sequence=sequence, allocate=allocated)
+                    allocated = await self._allocate(request.allocate, context)
+                    return work_pb2.WorkStreamResponse.FromString(
+                        b"".join((_SEQUENCE, length(sequence), _ALLOCATE, length(len(allocated)), allocated))
+                    )
                 case "renew":
                     renewed = await self.RenewLeases(request.renew, context)
                     return work_pb2.WorkStreamResponse(sequence=sequence, renew=renewed)
@@ -280,14 +231,18 @@ def _check_sequence(request: work_pb2.WorkStreamRequest, unanswered: set[int]) -
     checks.done()
 
 
-def _digest(request: work_pb2.AllocateWorkRequest) -> bytes:
+def _digest(request: work_pb2.AllocateWorkRequest, client: ClientIdentity) -> bytes:
     """A retry may wait for another time, come from another address and carry another trace."""
-    same = work_pb2.AllocateWorkRequest()
-    same.CopyFrom(request)
-    for name in ("wait", "traceparent"):
-        same.ClearField(name)
-    same.client.ClearField("client_ip")
-    return requests.digest(same)
+    same = (
+        client.client_id,
+        client.client_name,
+        client.instance_number,
+        client.user_folder_number,
+        request.max_items,
+        request.target,
+        request.region,
+    )
+    return hashlib.sha256(repr(same).encode()).digest()
 
 
 def _names(leases: Any, checks: Checks | None = None) -> list[LeaseName]:
@@ -296,56 +251,3 @@ def _names(leases: Any, checks: Checks | None = None) -> list[LeaseName]:
     names = [lease_name(checks, f"leases[{number}]", lease) for number, lease in enumerate(leases[:_MOST_LEASES])]
     checks.done()
     return names
-
-
-def _products(checks: Checks, path: str, result: work_pb2.WorkResult) -> tuple[Product, ...]:
-    checks.count(f"{path}.products", result.products, least=0, most=_MOST_PRODUCTS)
-    products = []
-    for number, product in enumerate(result.products[:_MOST_PRODUCTS]):
-        where = f"{path}.products[{number}]"
-        products.append(
-            Product(
-                product_id=checks.text(f"{where}.product_id", product.product_id, min_length=1, max_length=256),
-                title=checks.text(f"{where}.title", product.title, max_length=1024),
-                url=checks.text(f"{where}.url", product.url, max_length=2048),
-                rank=product.rank,
-                attributes=settings(checks, f"{where}.attributes", product.attributes),
-            )
-        )
-    return tuple(products)
-
-
-def _allocation(package: Package, duration: Duration) -> work_pb2.Allocation:
-    message = work_pb2.Allocation(
-        allocation_key=str(package.key),
-        lease_token=package.token.bytes,
-        expires_at=moment(package.expires_at),
-        renewable_until=moment(package.renewable_until),
-        lease_duration=duration,
-        slot_id=str(package.slot_id),
-        work_date=day_text(package.work_date),
-        keyword=package.keyword,
-        code=package.code,
-        target=package.target,
-        settings=settings_message(package.settings),
-        traceparent=package.own_traceparent(),
-    )
-    if package.exit is not None:
-        message.exit.exit_id = str(package.exit.exit_id)
-        message.exit.endpoint = package.exit.endpoint
-        message.exit.region = package.exit.region
-    if package.persona is not None:
-        message.persona.persona_id = str(package.persona.persona_id)
-        message.persona.lease_token = package.persona.lease_token
-        message.persona.generation = package.persona.generation
-    return message
-
-
-def _acknowledgement(name: LeaseName, answer: Acknowledgement | DomainError) -> work_pb2.SubmittedResult:
-    if isinstance(answer, DomainError):
-        return work_pb2.SubmittedResult(allocation_key=str(name.key), error=item_error(answer))
-    return work_pb2.SubmittedResult(
-        allocation_key=str(name.key),
-        disposition=work_pb2.ResultDisposition.ValueType(answer.disposition),
-        recorded_at=moment(answer.recorded_at),
-    )

@@ -11,7 +11,8 @@ suite, sdk = (tomllib.load(open(path, "rb")) for path in ("pyproject.toml", "sdk
 lines = suite["project"]["dependencies"] + sdk["project"]["dependencies"]
 for extra in suite["project"]["optional-dependencies"].values():
     lines += extra
-lines += suite["dependency-groups"]["dev"]
+for group in suite["dependency-groups"].values():
+    lines += group
 print("\n".join(line for line in lines if not line.startswith("muster-sdk")))
 P
 uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

@@ -88,8 +88,12 @@ FOR UPDATE OF t;
 -- name: count_ends
 -- Moves the counters of days, locked in order. $1 organization, $2 days, $3 slots, $4 succeeded, $5 failed, $6 blocked,
 -- $7 expired (negative for results that came late), $8 released. Index: primary key.
+-- Every column that a constraint looks at is set from the locked row: PostgreSQL checks constraints on the version that
+-- the statement began with, before it finds that the row has moved on.
 WITH moved AS MATERIALIZED (
-  SELECT t.work_date, t.slot_id, u.succeeded, u.failed, u.blocked, u.expired, u.released
+  SELECT t.work_date, t.slot_id, t.quota, t.allocated, t.succeeded + u.succeeded AS succeeded,
+    t.failed + u.failed AS failed, t.blocked + u.blocked AS blocked, t.expired + u.expired AS expired,
+    t.released + u.released AS released
   FROM unnest($2::date[], $3::uuid[], $4::integer[], $5::integer[], $6::integer[], $7::integer[], $8::integer[])
     AS u (work_date, slot_id, succeeded, failed, blocked, expired, released)
   JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = u.work_date AND t.slot_id = u.slot_id
@@ -97,8 +101,8 @@ WITH moved AS MATERIALIZED (
   FOR UPDATE OF t
 )
 UPDATE daily_work_tracking t
-SET succeeded = t.succeeded + m.succeeded, failed = t.failed + m.failed, blocked = t.blocked + m.blocked,
-  expired = t.expired + m.expired, released = t.released + m.released
+SET quota = m.quota, allocated = m.allocated, succeeded = m.succeeded, failed = m.failed, blocked = m.blocked,
+  expired = m.expired, released = m.released
 FROM moved m
 WHERE t.organization_id = $1 AND t.work_date = m.work_date AND t.slot_id = m.slot_id;
 
@@ -107,19 +111,20 @@ WHERE t.organization_id = $1 AND t.work_date = m.work_date AND t.slot_id = m.slo
 -- earlier statement, so that it sees the epoch that they are of. $1 organization, $2 exits, $3 epochs, $4 uses.
 -- Index: primary key.
 WITH returned AS MATERIALIZED (
-  SELECT e.exit_id, e.use_count - u.uses AS use_count
+  SELECT e.exit_id, e.cap, e.use_count - u.uses AS use_count
   FROM unnest($2::uuid[], $3::integer[], $4::integer[]) AS u (exit_id, epoch, uses)
   JOIN exits e ON e.organization_id = $1 AND e.exit_id = u.exit_id AND e.toggle_epoch = u.epoch
   ORDER BY e.exit_id
   FOR UPDATE OF e
 )
-UPDATE exits e SET use_count = r.use_count
+UPDATE exits e SET use_count = r.use_count, cap = r.cap
 FROM returned r
 WHERE e.organization_id = $1 AND e.exit_id = r.exit_id;
 
 -- name: end_leases
 -- Ends locked leases: the row moves from leases to work_allocations, the check-in of its persona into the outbox, and
--- its external exit into exit_releases. $1 organization, $2 keys, $3 statuses, $4 late, $5 outcomes of the persona's use. Returns when. Index: primary key.
+-- its external exit into exit_releases. $1 organization, $2 keys, $3 statuses, $4 late, $5 outcomes of the persona's use.
+-- Returns when. Index: primary key.
 WITH asked AS (
   SELECT * FROM unnest($2::uuid[], $3::smallint[], $4::boolean[], $5::smallint[]) AS u (key, status, late, outcome)
 ), gone AS (
@@ -160,13 +165,16 @@ SELECT organization_id, allocation_key, 1 FROM gone WHERE persona_need IS NOT NU
 -- Takes back what was counted for leases that nobody was told of. $1 organization, $2 days, $3 slots, $4 units.
 -- Index: primary key.
 WITH withdrawn AS MATERIALIZED (
-  SELECT t.work_date, t.slot_id, u.units
+  SELECT t.work_date, t.slot_id, t.quota, t.allocated - u.units AS allocated, t.succeeded, t.failed, t.blocked,
+    t.expired, t.released
   FROM unnest($2::date[], $3::uuid[], $4::integer[]) AS u (work_date, slot_id, units)
   JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = u.work_date AND t.slot_id = u.slot_id
   ORDER BY t.work_date, t.slot_id
   FOR UPDATE OF t
 )
-UPDATE daily_work_tracking t SET allocated = t.allocated - w.units
+UPDATE daily_work_tracking t
+SET quota = w.quota, allocated = w.allocated, succeeded = w.succeeded, failed = w.failed, blocked = w.blocked,
+  expired = w.expired, released = w.released
 FROM withdrawn w
 WHERE t.organization_id = $1 AND t.work_date = w.work_date AND t.slot_id = w.slot_id;
 

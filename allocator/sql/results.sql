@@ -54,28 +54,33 @@ WITH given AS MATERIALIZED (
     count(*) FILTER (WHERE outcome = 3) AS failed, count(*) FILTER (WHERE outcome = 4) AS blocked
   FROM gone GROUP BY work_date, slot_id
 ), days AS MATERIALIZED (
-  SELECT t.work_date, t.slot_id, c.succeeded, c.failed, c.blocked
+  SELECT t.work_date, t.slot_id, t.quota, t.allocated, t.expired, t.released, t.succeeded + c.succeeded AS succeeded,
+    t.failed + c.failed AS failed, t.blocked + c.blocked AS blocked
   FROM counted c
   JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = c.work_date AND t.slot_id = c.slot_id
   ORDER BY t.work_date, t.slot_id
   FOR UPDATE OF t
 ), moved AS (
+  -- Every column that a constraint looks at is set from the locked row: constraints are checked on the version that the
+  -- statement began with, before PostgreSQL finds that the row has moved on.
   UPDATE daily_work_tracking t
-  SET succeeded = t.succeeded + d.succeeded, failed = t.failed + d.failed, blocked = t.blocked + d.blocked
+  SET succeeded = d.succeeded, failed = d.failed, blocked = d.blocked, quota = d.quota, allocated = d.allocated,
+    expired = d.expired, released = d.released
   FROM days d
   WHERE t.organization_id = $1 AND t.work_date = d.work_date AND t.slot_id = d.slot_id
 ), returning_exits AS (
   SELECT exit_id, exit_epoch, count(*) AS uses FROM gone WHERE exit_returns AND exit_id IS NOT NULL
   GROUP BY exit_id, exit_epoch
 ), exits_by_id AS MATERIALIZED (
-  SELECT e.exit_id, r.uses FROM returning_exits r
-  JOIN exits e ON e.organization_id = $1 AND e.exit_id = r.exit_id AND e.toggle_epoch = r.exit_epoch
-  WHERE (SELECT count(*) FROM days) >= 0
+  -- Locked first and compared then: a toggle may have moved leases to its epoch since this statement began.
+  SELECT e.exit_id, e.toggle_epoch, e.use_count, e.cap FROM exits e
+  WHERE e.organization_id = $1 AND e.exit_id IN (SELECT exit_id FROM returning_exits)
+    AND (SELECT count(*) FROM days) >= 0
   ORDER BY e.exit_id
   FOR UPDATE OF e
 ), returned AS (
-  UPDATE exits e SET use_count = e.use_count - x.uses
-  FROM exits_by_id x
+  UPDATE exits e SET use_count = x.use_count - r.uses, cap = x.cap
+  FROM exits_by_id x JOIN returning_exits r ON r.exit_id = x.exit_id AND r.exit_epoch = x.toggle_epoch
   WHERE e.organization_id = $1 AND e.exit_id = x.exit_id
 ), ended AS (
   INSERT INTO work_allocations (organization_id, work_date, allocation_key, slot_id, exit_id, persona_id, client_id,

@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import uuid
-from collections import Counter
 from datetime import UTC, date, datetime
 
 import pytest
 import uuid_utils.compat as uuids
 
 from allocator.app import CONFIG
-from allocator.availability import AvailableExit, AvailableSlot, Spread
 from allocator.leases import work_dates
-from allocator.packages import Package
+from allocator.packages import Demand, Package, Task, Terms
 from allocator.slots import PersonaNeed, SlotSpec, changed
 from services.config import load
 from services.errors import StartupError
 
 SPEC = SlotSpec("laptop", date(2024, 1, 1), date(2024, 1, 31), 100)
-
-
-def _slot(number: int, *, priority: int = 0, weight: int = 1, quota: int = 100, taken: int = 0) -> AvailableSlot:
-    return AvailableSlot(uuid.UUID(int=number), priority, weight, quota, taken, True, True, "")
-
-
-def test_a_spread_takes_by_priority_then_by_share_and_ends_when_all_are_used_up() -> None:
-    sources = [_slot(1, quota=10), _slot(2, quota=30), _slot(3, priority=1, quota=2)]
-    spread = Spread(sources)
-    taken = [source.slot_id.int for source in iter(spread.take, None) if isinstance(source, AvailableSlot)]
-    assert taken[:2] == [3, 3]
-    # A slot of three times the quota gets three times as much all along the way.
-    assert Counter(taken[2:22]) == {1: 5, 2: 15}
-    assert Counter(taken) == {1: 10, 2: 30, 3: 2}
-    assert not spread.has_room()
-
-
-def test_two_spreads_of_the_same_sources_do_not_take_one_use_twice() -> None:
-    exits = [AvailableExit(uuid.UUID(int=number), "kr", 3, 0) for number in range(2)]
-    everywhere, korea = Spread(exits), Spread(exits)
-    taken = [spread.take() for _ in range(3) for spread in (everywhere, korea)]
-    assert Counter(id(exit_) for exit_ in taken) == {id(exits[0]): 3, id(exits[1]): 3}
-    assert everywhere.take() is None
-    assert not korea.has_room()
 
 
 def test_a_key_names_the_days_around_its_time() -> None:
@@ -72,7 +46,8 @@ def test_equal_needs_have_equal_texts() -> None:
 def test_a_unit_without_a_callers_trace_begins_its_own() -> None:
     key = uuids.uuid7()
     now = datetime.now(UTC)
-    package = Package(key, uuid.uuid4(), now, now, key, now.date(), "k", "", "", {}, None, None, None, "")
+    task = Task(key, "k", "", "", {}, None, "", "")
+    package = Package(key, uuid.uuid4(), task, Terms(now.date(), now, now), Demand(key, b"", "pc", 0, 1, "", "", ""))
     assert package.own_traceparent() == f"00-{key.hex}-{key.hex[16:]}-01"
 
 
