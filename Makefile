@@ -55,9 +55,19 @@ check: $(READY) ## Lint, types, layers, contracts, generated code
 bench: $(READY) ## Measure the chassis against bare grpc.aio
 	$(BIN)/python -m bench.chassis
 
+BENCH ?=
+.PHONY: bench-allocator
+bench-allocator: $(READY) ## Measure the allocator, for an hour and a half; BENCH=--quick for under a minute
+	$(BIN)/python -m bench.allocator $(BENCH)
+
 .PHONY: fault
-fault: $(READY) ## Kill services under a fleet for five minutes and check its history; end every command 100 times
+fault: $(READY) ## Kill services under two fleets, five minutes each, and check their histories; end every command 100 times
 	MUSTER_FAULT_SECONDS=300 MUSTER_EXIT_RUNS=100 $(BIN)/python -m pytest -s tests/fault tests/acceptance/test_exits.py
+
+.PHONY: fault-allocator
+fault-allocator: $(READY) ## Kill, stop and restart allocators, PostgreSQL and workers for five minutes; try 2,000 orders of calls
+	MUSTER_FAULT_SECONDS=300 $(BIN)/python -m pytest -s tests/fault/test_allocator_checker.py tests/fault/test_allocator_under_faults.py
+	MUSTER_PROPERTY_EXAMPLES=2000 $(BIN)/python -m pytest -s tests/property/test_allocator_leases.py
 
 .PHONY: lock
 lock: ## Pin the requirements anew (needs uv)
