@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Connection = asyncpg.pool.PoolConnectionProxy[asyncpg.Record] | asyncpg.Connection[asyncpg.Record]
     Pool = asyncpg.Pool[asyncpg.Record]
 
-# The server is away, starting, stopping or full. What was acknowledged is committed, so trying again is right.
+# The server is away, starting, stopping, full or held up. What was acknowledged is committed, so trying again is right.
 _UNAVAILABLE = (
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
@@ -34,6 +34,8 @@ _UNAVAILABLE = (
     asyncpg.InterfaceError,
     # What a connection says whose last statement was given up in the middle: the pool replaces it.
     asyncpg.InternalClientError,
+    # A row stayed locked for longer than `lock_timeout`.
+    asyncpg.LockNotAvailableError,
     ConnectionError,
     OSError,
     TimeoutError,
