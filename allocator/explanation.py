@@ -16,8 +16,6 @@ from allocator.standing_store import Standing
 if TYPE_CHECKING:
     from allocator.standing_store import StandingStore
 
-__all__ = ["Blocker", "BlockerKind", "Explanation", "NoWork"]
-
 # A fleet is sized by the free capacity up to some thousands of units, and by nothing beyond.
 _COUNTED_SLOTS = 20_000
 

@@ -19,8 +19,8 @@ from uuid import UUID
 
 import structlog
 
+from allocator.blockers import BlockerKind, NoWork
 from allocator.exit_providers import ExitUnavailable, GuardedProvider, RemoteExit
-from allocator.explanation import BlockerKind, NoWork
 from allocator.packages import AssignedExit, Package
 from services.errors import Overloaded
 
@@ -100,7 +100,7 @@ class ExternalExits:
         """
         lacking = [package for package in packages if lacks_exit(package)]
         if not lacking:
-            return list(packages), Failed(frozenset(), _UNAVAILABLE)
+            return list(packages), _NONE_FAILED
         taken = dict(zip((package.key for package in lacking), await self._take(organization_id, lacking), strict=True))
         given = [
             (package.key, package.exit_provider, remote.exit_ip)
@@ -163,3 +163,4 @@ _UNAVAILABLE = NoWork(
     "the provider of external exits does not answer, or has none free: look at it, or correct exit_providers",
     retry_after_seconds=2.0,
 )
+_NONE_FAILED = Failed(frozenset(), _UNAVAILABLE)

@@ -12,7 +12,7 @@ from allocator.clients import Clients
 from allocator.explanation import Explanation
 from allocator.insight import AllocationRecord
 from allocator.insight_store import InsightStore
-from allocator.positions import rate_position, uuid_position
+from allocator.positions import rate_position, uuid_position, week_position
 from allocator.reports import Reports, SettingsEffect
 from allocator.translation import (
     client_identity,
@@ -22,6 +22,8 @@ from allocator.translation import (
     settings_message,
     tracking_message,
 )
+from allocator.weekly import WeekOfClient
+from allocator.weekly_store import WeeklyStore
 from services import pages
 from services.call import current
 from services.status import Context
@@ -35,9 +37,16 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
     """Reads."""
 
     def __init__(
-        self, store: InsightStore, reports: Reports, explanation: Explanation, allocation: Allocation, clients: Clients
+        self,
+        store: InsightStore,
+        weekly: WeeklyStore,
+        reports: Reports,
+        explanation: Explanation,
+        allocation: Allocation,
+        clients: Clients,
     ) -> None:
         self._store = store
+        self._weekly = weekly
         self._reports = reports
         self._explanation = explanation
         self._allocation = allocation
@@ -219,6 +228,22 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
             ]
         )
 
+    async def ListWeeklyStatistics(
+        self, request: insight_pb2.ListWeeklyStatisticsRequest, context: Context
+    ) -> insight_pb2.ListWeeklyStatisticsResponse:
+        """Pages through the weeks that are over."""
+        checks = Checks()
+        day = checks.day("week", request.week, required=False)
+        client_id = checks.identifier("client_id", request.client_id, required=False)
+        size = checks.page(request.page_size)
+        checks.done()
+        organization_id = await self._organization()
+        scope = f"ListWeeklyStatistics {organization_id} {request.week} {client_id}"
+        after = week_position(pages.decode(request.page_token, scope))
+        rows = await self._weekly.page(organization_id, day, client_id or None, after, size)
+        token = pages.encode([day_text(rows[-1].week), rows[-1].client_id], scope) if len(rows) == size else ""
+        return insight_pb2.ListWeeklyStatisticsResponse(rows=[_week(row) for row in rows], next_page_token=token)
+
     async def ListAllocations(
         self, request: insight_pb2.ListAllocationsRequest, context: Context
     ) -> insight_pb2.ListAllocationsResponse:
@@ -257,6 +282,19 @@ def _effect(effect: SettingsEffect) -> insight_pb2.SettingsEffect:
         success_rate=effect.success_rate(),
         rate_low=low,
         rate_high=high,
+    )
+
+
+def _week(row: WeekOfClient) -> insight_pb2.WeeklyStatistics:
+    return insight_pb2.WeeklyStatistics(
+        week=day_text(row.week),
+        client_id=row.client_id,
+        results=row.results,
+        succeeded=row.succeeded,
+        failed=row.failed,
+        blocked=row.blocked,
+        execution_ms=row.execution_ms,
+        computed_at=moment(row.computed_at),
     )
 
 

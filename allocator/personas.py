@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
-from allocator.explanation import BlockerKind, NoWork
+from allocator.blockers import BlockerKind, NoWork
 from allocator.leases import PersonaUse
 from allocator.packages import AssignedPersona, Package
 from allocator.slots import PersonaNeed
@@ -111,7 +111,7 @@ class Personas:
         """
         lacking = [package for package in packages if not package.is_complete]
         if not lacking:
-            return list(packages), Failed(frozenset(), _NO_MATCH)
+            return list(packages), _NONE_FAILED
         answers = await self._answers(organization_id, lacking)
         ready = []
         for package in packages:
@@ -168,6 +168,7 @@ _NO_MATCH = NoWork(
     "no persona that matches is idle: add personas, or wait until some are checked in",
     retry_after_seconds=2.0,
 )
+_NONE_FAILED = Failed(frozenset(), _NO_MATCH)
 _UNAVAILABLE = NoWork(
     BlockerKind.PERSONA_STORE_UNAVAILABLE,
     "the persona store does not answer: start it, or correct persona_store.target",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 from uuid import UUID
 
 from services.errors import InvalidPageToken
@@ -69,6 +69,19 @@ def pair_position(position: Position) -> tuple[UUID, str] | None:
     try:
         key, name = position
         return UUID(str(key)), str(name)
+    except ValueError:
+        raise _damaged() from None
+
+
+def week_position(position: Position) -> tuple[date, str] | None:
+    """Returns the week and client after which a page begins. Raises: InvalidPageToken."""
+    if position is None:
+        return None
+    try:
+        week, client_id = position
+        if not isinstance(client_id, str) or "\x00" in client_id:
+            raise _damaged()
+        return date.fromisoformat(str(week)), client_id
     except ValueError:
         raise _damaged() from None
 

@@ -26,6 +26,8 @@ _ROUND_SECONDS = 60.0
 _PARTITION_ROUNDS = 60
 # How long before its midnight a day's rows are begun: enough for ten rounds, and for millions of slots in one of them.
 _AHEAD_SECONDS = 600.0
+# Longer than rows of a day stay hot by default (30 days).
+_TRACKED_DAYS = 60
 
 
 class Upkeep:
@@ -37,7 +39,7 @@ class Upkeep:
         self._partitions = partitions
 
     async def round(self) -> None:
-        """Makes the rows of each organization's day, and soon before midnight of its next; forgets old request ids.
+        """Makes the rows of each organization's day, and soon before midnight of its next; forgets what is old.
 
         Safe to repeat and at once.
 
@@ -47,6 +49,7 @@ class Upkeep:
         for row in await self._database.fetch(_SQL["days_to_track"], _AHEAD_SECONDS):
             while not await self._store.track_day(row["organization_id"], row["work_date"]):
                 continue
+        await self._database.execute(_SQL["forget_tracked_days"], _TRACKED_DAYS)
         async with self._database.connection() as connection:
             while await requests.forget_old(connection):
                 continue

@@ -183,7 +183,14 @@ ALTER TABLE exits
   ADD COLUMN window_seconds integer CHECK (window_seconds BETWEEN 1 AND 86400),
   -- The count starts afresh, under a new toggle_epoch, with the first use after it.
   ADD COLUMN window_ends_at timestamptz NOT NULL DEFAULT '-infinity',
-  ADD CONSTRAINT window_of_mode CHECK ((cap_mode = 3) = (window_seconds IS NOT NULL));
+  ADD CONSTRAINT window_of_mode CHECK ((cap_mode = 3) = (window_seconds IS NOT NULL)),
+  -- An exit's counters move all day. While another transaction keeps their old versions from being removed, a unique
+  -- index visits every one of them at every update that leaves its page. Rows are made by imports alone, one at a time
+  -- in an organization, and these make no endpoint twice; ids are made afresh.
+  DROP CONSTRAINT exits_pkey,
+  DROP CONSTRAINT exits_organization_id_endpoint_key;
+CREATE INDEX exits_exit_id ON exits (exit_id);
+CREATE INDEX exits_endpoint ON exits (organization_id, endpoint);
 
 -- Exits that a target does not take for now. Few rows: one is written when a run reports a fault.
 CREATE TABLE exit_health (
@@ -233,6 +240,25 @@ CREATE TABLE audit_heads (
   organization_id uuid PRIMARY KEY,
   entry_sha256 bytea NOT NULL
 );
+
+-- What came of the work of a week that is over, by client: read from work_results while they are at hand, and kept.
+CREATE TABLE weekly_statistics (
+  organization_id uuid NOT NULL,
+  -- Its Monday, in the organization's time zone.
+  week date NOT NULL CHECK (extract(isodow FROM week) = 1),
+  -- Who submitted; '' for the organization as a whole, whose row stands even when nothing came of the week.
+  client_id text NOT NULL,
+  results bigint NOT NULL,
+  succeeded bigint NOT NULL,
+  failed bigint NOT NULL,
+  blocked bigint NOT NULL,
+  execution_ms bigint NOT NULL,
+  computed_at timestamptz NOT NULL,
+  PRIMARY KEY (organization_id, week, client_id),
+  CONSTRAINT all_outcomes CHECK (results = succeeded + failed + blocked)
+);
+-- Which weeks were computed, without the clients and without the years before.
+CREATE INDEX weekly_statistics_whole ON weekly_statistics (week, organization_id) WHERE client_id = '';
 
 CREATE INDEX clients_last_seen_at ON clients (last_seen_at);
 CREATE INDEX client_instances_last_seen_at ON client_instances (last_seen_at);

@@ -28,6 +28,11 @@ CROSS JOIN LATERAL (
 ) d
 ORDER BY d.work_date, o.organization_id;
 
+-- name: forget_tracked_days
+-- Days long over: nobody makes rows of theirs any more. $1 days that are kept. Over all organizations, as the clock's
+-- work. Reads the table, which has a row per organization and day.
+DELETE FROM tracked_days WHERE work_date < (now() AT TIME ZONE 'UTC')::date - $1::integer;
+
 -- name: take_check_ins
 -- Takes due check-ins for delivery: they come up again if they are not deleted by then, later each time. $1 at most.
 -- Index: outbox_due_at.

@@ -1,4 +1,4 @@
-"""`muster report`: the day, the clients, the settings and the blocks."""
+"""`muster report`: the day, the clients, the weeks, the settings and the blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import date
 
 import click
 from muster import Client
-from muster.insight import DashboardRow
+from muster.insight import DashboardRow, WeekOfClient
 
 from services.cli.connection import connected
 from services.cli.output import json_option, parsed_day, show_json, show_table
@@ -16,7 +16,7 @@ _date = click.option("--date", "work_date", callback=parsed_day, help="YYYY-MM-D
 
 @click.group()
 def report() -> None:
-    """What was done, by slot, client, setting and block."""
+    """What was done, by slot, client, week, setting and block."""
 
 
 @report.command()
@@ -105,6 +105,39 @@ async def clients(client: Client, work_date: date | None, as_json: bool) -> None
                 one.mean_execution.total_seconds(),
             )
             for one in found
+        ],
+    )
+
+
+@report.command()
+@click.option("--week", "day", callback=parsed_day, help="Only the week of this day, YYYY-MM-DD.")
+@click.option("--client", "client_id", default="", help="Only this client.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many rows.")
+@json_option
+@connected
+async def weekly(client: Client, day: date | None, client_id: str, limit: int, as_json: bool) -> None:
+    """Show what came of the weeks that are over, newest first: of the organization, then of each client."""
+    found: list[WeekOfClient] = []
+    async for row in client.insight.weekly(day, client_id=client_id, page_size=min(limit, 1000)):
+        found.append(row)
+        if len(found) == limit:
+            break
+    if as_json:
+        show_json(found)
+        return
+    show_table(
+        ("week", "client", "results", "succeeded", "failed", "blocked", "mean seconds"),
+        [
+            (
+                row.week,
+                row.client_id or "(all)",
+                row.results,
+                row.succeeded,
+                row.failed,
+                row.blocked,
+                round(row.execution.total_seconds() / row.results, 3),
+            )
+            for row in found
         ],
     )
 

@@ -216,6 +216,10 @@ async def test_clients_and_targets(allocator: Allocator, call: Caller, theirs: T
 
 
 async def test_insight(allocator: Allocator, call: Caller, theirs: Theirs) -> None:
+    await allocator.sql(
+        "INSERT INTO weekly_statistics VALUES ($1, '2026-03-02', 'their-pc', 1, 1, 0, 0, 1, now())",
+        await allocator.service.organization_id("other"),
+    )
     before = await _rows(allocator)
     explain = insight_pb2.ExplainAllocationRequest(slot_id=theirs.slot)
     assert await call.reason("InsightService/ExplainAllocation", explain) == "SLOT_NOT_FOUND"
@@ -230,6 +234,7 @@ async def test_insight(allocator: Allocator, call: Caller, theirs: Theirs) -> No
     assert not (await call("InsightService/GetClientPerformance", insight_pb2.GetClientPerformanceRequest())).clients
     assert not (await call("InsightService/GetSettingsEffect", insight_pb2.GetSettingsEffectRequest())).groups
     assert not (await call("InsightService/GetBlockReport", insight_pb2.GetBlockReportRequest())).blocks
+    assert not (await call("InsightService/ListWeeklyStatistics", insight_pb2.ListWeeklyStatisticsRequest())).rows
     for activity in (
         insight_pb2.GetClientActivityRequest(client_id="their-pc"),
         insight_pb2.GetClientActivityRequest(client_ip="127.0.0.1"),

@@ -49,6 +49,22 @@ async def test_the_rows_of_a_new_day_are_made_for_slots_that_may_work(allocator:
     assert paused.slot_id not in made
 
 
+async def test_days_long_over_are_forgotten_and_the_last_sixty_kept(allocator: Allocator, upkeep: Upkeep) -> None:
+    await allocator.slot()
+    organization = await allocator.service.organization_id()
+    await allocator.sql(
+        "INSERT INTO tracked_days (organization_id, work_date) "
+        "SELECT $1, (now() AT TIME ZONE 'UTC')::date - n FROM unnest('{59, 60, 61, 400}'::integer[]) n",
+        organization,
+    )
+    await upkeep.round()
+    kept = await allocator.sql(
+        "SELECT (now() AT TIME ZONE 'UTC')::date - work_date AS age FROM tracked_days WHERE organization_id = $1",
+        organization,
+    )
+    assert {row["age"] for row in kept if row["age"] > 1} == {59, 60}
+
+
 async def test_old_request_ids_are_forgotten_and_young_ones_kept(allocator: Allocator, upkeep: Upkeep) -> None:
     await allocator.slot()
     await allocator.take()

@@ -268,3 +268,23 @@ async def test_reports_and_what_if(desk: Desk) -> None:
     tables = ("totals", "dashboard", "clients", "settings", "blocks")
     shown = await asyncio.gather(*(desk.said("report", name) for name in tables))
     assert all(shown)
+
+
+async def test_weeks_that_are_over_are_reported(desk: Desk) -> None:
+    rows = [("2026-03-02", "", 5), ("2026-03-09", "", 4), ("2026-03-09", "pc-1", 3), ("2026-03-09", "pc-2", 1)]
+    for week, client, results in rows:
+        await desk.allocator.sql(
+            "INSERT INTO weekly_statistics VALUES ($1, $2::text::date, $3, $4::bigint, $4, 0, 0, $4 * 1500, now())",
+            await desk.allocator.service.organization_id(),
+            week,
+            client,
+            results,
+        )
+    listed = await desk.read("report", "weekly")
+    assert [(row["week"], row["client_id"], row["results"]) for row in listed] == [*rows[1:], rows[0]]
+    assert (listed[0]["succeeded"], listed[0]["execution"]) == (4, 6.0)
+    assert [row["results"] for row in await desk.read("report", "weekly", "--limit", "2")] == [4, 3]
+    (one,) = await desk.read("report", "weekly", "--week", "2026-03-15", "--client", "pc-2")
+    assert (one["week"], one["results"]) == ("2026-03-09", 1)
+    shown = await desk.said("report", "weekly", "--week", "2026-03-04")
+    assert ("(all)" in shown, "1.5" in shown) == (True, True)

@@ -333,6 +333,11 @@ _INSIGHT = [
         [("client_ip", "nowhere"), ("client_ip", "300.1.1.1")],
     ),
     BadCall(
+        "InsightService/ListWeeklyStatistics",
+        insight_pb2.ListWeeklyStatisticsRequest(),
+        [*_PAGE, *bad_day("week"), *bad_text("client_id", 128)],
+    ),
+    BadCall(
         "InsightService/ListAllocations",
         insight_pb2.ListAllocationsRequest(),
         [*_PAGE, *bad_day("work_date"), *bad_number("status", 77), *bad_id("slot_id", required=False)],

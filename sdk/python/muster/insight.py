@@ -141,6 +141,20 @@ class ClientActivity:
 
 
 @dataclass(frozen=True, slots=True)
+class WeekOfClient:
+    """What came of one week; `week` is its Monday, `client_id` is empty for the organization as a whole."""
+
+    week: str
+    client_id: str
+    results: int
+    succeeded: int
+    failed: int
+    blocked: int
+    execution: timedelta
+    computed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class AllocationRecord:
     """An allocation as recorded; `late` says that its result came after its lease had run out."""
 
@@ -319,6 +333,35 @@ class Insight:
             )
             for item in answer.clients
         )
+
+    async def weekly(
+        self, day: date | None = None, *, client_id: str = "", page_size: int = 100
+    ) -> AsyncIterator[WeekOfClient]:
+        """Yields what came of the weeks that are over, the newest first: the organization, then each client.
+
+        Args:
+            day: Only the week of this day; None for all.
+            client_id: Only this client; empty for all, and the organization as a whole.
+            page_size: Rows that one call asks for, 1 to 1000.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = insight_pb2.ListWeeklyStatisticsRequest(
+            week=day.isoformat() if day else "", client_id=client_id, page_size=page_size
+        )
+        async for answer in self._transport.pages(self._stub.ListWeeklyStatistics, request):
+            for row in answer.rows:
+                yield WeekOfClient(
+                    row.week,
+                    row.client_id,
+                    row.results,
+                    row.succeeded,
+                    row.failed,
+                    row.blocked,
+                    timedelta(milliseconds=row.execution_ms),
+                    values.required_moment(row, "computed_at"),
+                )
 
     async def allocations(
         self,
