@@ -39,7 +39,7 @@ up: $(READY) ## Run the suite until Ctrl-C; its data stays in .muster
 TESTS ?=
 .PHONY: test
 test: $(READY) ## Run the test suite against real parts
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .PHONY: check
 check: $(READY) ## Lint, types, layers, contracts, generated code

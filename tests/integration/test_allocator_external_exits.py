@@ -79,7 +79,10 @@ async def settled(allocator: Allocator, server: ProviderServer) -> None:
     async def alike() -> bool:
         # Releases of a provider that failed wait for some seconds.
         await allocator.sql("UPDATE exit_releases SET due_at = now()")
-        live = await allocator.sql("SELECT allocation_key FROM leases WHERE exit_provider <> '' AND exit_ip <> ''")
+        # A lease that ran out lives no more, although it stands until it is swept.
+        live = await allocator.sql(
+            "SELECT allocation_key FROM leases WHERE exit_provider <> '' AND exit_ip <> '' AND expires_at > now()"
+        )
         pending = await allocator.sql("SELECT FROM exit_releases")
         return set(server.leases) == {row["allocation_key"] for row in live} and not pending
 

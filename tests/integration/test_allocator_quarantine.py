@@ -66,6 +66,37 @@ async def house(start_service: StartService) -> AsyncIterator[House]:
     await database.close()
 
 
+async def test_what_the_target_asked_for_is_heeded_although_the_result_is_kept_apart(house: House) -> None:
+    allocator = house.allocator
+    slot = await allocator.slot(daily_quota=1, target="shop.example")
+    await house.too_late(1, slot.slot_id, outcome=work_pb2.WORK_OUTCOME_FAILED, retry_after=Duration(seconds=3600))
+    await allocator.slot(target="shop.example")
+    answer = await allocator.ask()
+    assert not answer.allocations
+    assert answer.no_work.blocker == work_pb2.BLOCKER_KIND_TARGET_HELD
+
+
+async def test_one_of_two_late_results_gets_the_last_room_whatever_their_order(house: House) -> None:
+    allocator = house.allocator
+    slot = await allocator.slot(daily_quota=2)
+    late = await allocator.take(2)
+    await allocator.run_out(*late)
+    await allocator.swept(*late)
+    await allocator.take()
+    answers = await allocator.submit(*(result(unit) for unit in (late[1], late[0], late[1])))
+    assert [answer.allocation_key for answer in answers] == [
+        unit.allocation_key for unit in (late[1], late[0], late[1])
+    ]
+    assert sorted(answer.disposition for answer in answers[:2]) == [
+        work_pb2.RESULT_DISPOSITION_RECORDED_LATE,
+        QUARANTINED,
+    ]
+    assert answers[2] == answers[0]
+    counters = await allocator.tracking(slot.slot_id)
+    assert (counters["allocated"], counters["succeeded"], counters["expired"]) == (3, 1, 1)
+    await allocator.check_invariants()
+
+
 async def test_an_accepted_result_counts_as_late_and_its_day_grows_by_what_it_lacks(house: House) -> None:
     allocator = house.allocator
     slot = await allocator.slot(daily_quota=2, target="shop.example")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import click
@@ -20,22 +21,50 @@ TESTS = sorted((ROOT / "deploy" / "prometheus" / "tests").glob("*.test.yaml"))
 CACHE = ROOT / ".cache" / "promtool"
 
 _SECONDS = 120
+# Of each step of fetching it.
+_FETCH_SECONDS = 60
 
 
 def found_promtool() -> str | None:
-    """Returns promtool: from PATH, or from the distribution's package unpacked into the cache, which needs no root."""
+    """Returns promtool: from PATH, or from the distribution's package, kept in the cache; None if there is neither."""
     if installed := shutil.which("promtool"):
         return installed
-    unpacked = CACHE / "usr" / "bin" / "promtool"
-    if not unpacked.exists():
+    kept = CACHE / "promtool"
+    if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         try:
-            subprocess.run(["apt-get", "download", "prometheus"], cwd=CACHE, check=True, timeout=_SECONDS)
-            (package,) = CACHE.glob("prometheus_*.deb")
-            subprocess.run(["dpkg", "-x", package.name, "."], cwd=CACHE, check=True, timeout=_SECONDS)
+            # What an interrupted attempt leaves is never taken for the program.
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                fetch_package("prometheus", Path(folder)).joinpath("usr/bin/promtool").replace(kept)
         except (OSError, subprocess.SubprocessError, ValueError):
             return None
-    return str(unpacked) if unpacked.exists() else None
+    return str(kept)
+
+
+def fetch_package(name: str, folder: Path) -> Path:
+    """Returns where a package of the distribution is unpacked below `folder`, which needs no root.
+
+    Raises:
+        OSError: apt or dpkg is not installed.
+        subprocess.SubprocessError: the package cannot be had, or not in time.
+        ValueError: apt fetched something else.
+    """
+
+    def step(*command: str) -> None:
+        subprocess.run(command, cwd=folder, check=True, timeout=_FETCH_SECONDS)
+
+    try:
+        step("apt-get", "--quiet", "download", name)
+    except subprocess.CalledProcessError:
+        # A fresh machine may have no lists of packages, and only root may fetch them for the whole of it.
+        own = (f"-oDir::State::Lists={folder}/lists", f"-oDir::Cache={folder}/cache", "-oAPT::Sandbox::User=")
+        for made in ("lists/partial", "cache/archives/partial"):
+            (folder / made).mkdir(parents=True)
+        step("apt-get", "--quiet", *own, "update")
+        step("apt-get", "--quiet", *own, "download", name)
+    (package,) = folder.glob(f"{name}_*.deb")
+    step("dpkg", "-x", package.name, "unpacked")
+    return folder / "unpacked"
 
 
 @pytest.fixture(scope="session")
