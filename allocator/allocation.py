@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from allocator.blockers import BlockerKind, NoWork
 from allocator.clients import ClientIdentity
 from allocator.dealing import Wish
-from allocator.explanation import BlockerKind, NoWork
 from allocator.metrics import BATCH_SECONDS, NO_WORK, UNITS
 from allocator.packages import Demand, Package, Pick, SimulatedUnit
 from services.coalesce import Coalescer
@@ -242,6 +242,7 @@ class Allocation:
         async with index.choosing:
             picks = await self._propose(index, attempts, batch, fresh)
             work_date = index.work_date
+            index.look_ahead()
         answers = await self._store.allocate(
             organization_id,
             work_date,

@@ -3,7 +3,8 @@
 The index only proposes; the database decides. It holds the classes of slots (few), of each a window of slots with room,
 and the exits with head-room. All of it is read from the database, used up by its own proposals, and read again when it
 is older than about a second, when a write through this replica outdated it, and when a caller would otherwise be told
-that there is nothing. What is read does not grow with the number of slots.
+that there is nothing. What is read does not grow with the number of slots. While work is asked for, what will be needed
+next is read beside the batches, so that none of them waits for it.
 
 The greatest priority goes first, but of every 16 units one goes to a lower priority, to the class that waited longest
 for it: nothing starves. Classes that cannot be served now are left out whole: their target lets nothing out, no exit is
@@ -26,7 +27,7 @@ import structlog
 from allocator.dealing import Basics, Dealer, Wish
 from allocator.exit_pool import ExitPool
 from allocator.metrics import INDEX_AGE_SECONDS, INDEX_SECONDS
-from allocator.slot_windows import ClassWindow, window_size
+from allocator.slot_windows import AvailableSlot, ClassWindow, Part, SlotClass, window_size
 from services.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ _SHORT_SECONDS = 0.1
 # A reading takes at most this share of the time.
 _READING_SHARE = 0.05
 _CLASSES_AT_ONCE = 256
+# Read at a time beside the batches: what is read keeps them from the interpreter for a moment.
+_CLASSES_AHEAD = 3
 # Readings of one level for one proposal.
 _ROUNDS = 64
 _WISHES = 64
@@ -66,6 +69,9 @@ class _Reading:
         if self.begun < since:
             return True
         return self.begun + max(self.fresh_seconds, self.seconds / _READING_SHARE) < time.monotonic()
+
+    def is_half_stale(self) -> bool:
+        return self.begun + max(self.fresh_seconds, self.seconds / _READING_SHARE) / 2 < time.monotonic()
 
     def note(self, begun: float) -> None:
         self.begun = begun
@@ -98,6 +104,7 @@ class OrganizationIndex:
         self._outdated = float("-inf")
         self._owed = 0.0
         self._days: asyncio.Task[None] | None = None
+        self._ahead: asyncio.Task[None] | None = None
         self.choosing = asyncio.Lock()
         self.changed = asyncio.Event()
 
@@ -140,19 +147,8 @@ class OrganizationIndex:
         self._basics_read.fresh_seconds = _SHORT_SECONDS if self._dealer.is_short else FRESH_SECONDS
         if self._basics_read.is_stale(since):
             begun = time.monotonic()
-            basics, classes = await self._store.basics(self._organization_id)
-            if basics.work_date != self._basics.work_date:
-                self._windows.clear()
-                self._levels.clear()
-            self._basics = basics
-            self._dealer.limit(basics.rooms or {})
-            self._dealer.exits.cool(basics.cooling or {})
-            for slots in classes:
-                if slots.class_id not in self._windows:
-                    self._windows[slots.class_id] = ClassWindow(slots)
-                    self._levels.clear()
-            self._basics_read.note(begun)
-            if not basics.complete:
+            self._take_basics(*await self._store.basics(self._organization_id), begun)
+            if not self._basics.complete:
                 await self._make_day()
         if self._exits_read.is_stale(since):
             begun = time.monotonic()
@@ -163,6 +159,62 @@ class OrganizationIndex:
             self._dealer.exits = ExitPool(exits, self._basics.cooling)
             self._exits_read.note(begun)
         INDEX_AGE_SECONDS.observe(time.monotonic() - min(self._basics_read.begun, self._exits_read.begun))
+
+    def _take_basics(self, basics: Basics, classes: Sequence[SlotClass], begun: float) -> None:
+        if basics.work_date != self._basics.work_date:
+            self._windows.clear()
+            self._levels.clear()
+        self._basics = basics
+        self._dealer.limit(basics.rooms or {})
+        self._dealer.exits.cool(basics.cooling or {})
+        for slots in classes:
+            if slots.class_id not in self._windows:
+                self._windows[slots.class_id] = ClassWindow(slots)
+                self._levels.clear()
+        self._basics_read.note(begun)
+
+    def look_ahead(self) -> None:
+        """Begins to read what will be needed soon, unless that goes on already."""
+        if self._ahead is not None and not self._ahead.done():
+            return
+        if self._basics_are_half_stale() or self._half_used():
+            self._ahead = asyncio.create_task(self._read_ahead(), name="read ahead", context=Context())
+
+    def _half_used(self) -> list[ClassWindow]:
+        old = time.monotonic() - _FRESH_PARTS_SECONDS / 2
+        return [window for window in self._windows.values() if window.ahead is None and window.is_half_used(old)]
+
+    def _basics_are_half_stale(self) -> bool:
+        # Where targets hold something back, what batches in flight take counts: the next batch looks itself.
+        return not self._basics.rooms and self._basics_read.is_half_stale()
+
+    async def _read_ahead(self) -> None:
+        try:
+            if self._basics_are_half_stale():
+                begun = time.monotonic()
+                basics, classes = await self._store.basics(self._organization_id)
+                async with self.choosing:
+                    if basics.complete and self._basics_read.begun < begun and not self._outdated > begun:
+                        self._take_basics(basics, classes, begun)
+            while (windows := self._half_used()[:_CLASSES_AHEAD]) and (day := self._basics.work_date):
+                begun = time.monotonic()
+                places = [window.place for window in windows]
+                size = window_size(len(self._windows))
+                found = await self._store.windows(
+                    self._organization_id,
+                    day,
+                    [(window.slots.class_id, *place) for window, place in zip(windows, places, strict=True)],
+                    size,
+                )
+                for window, place in zip(windows, places, strict=True):
+                    slots, end = found.get(window.slots.class_id, ([], place))
+                    # A class that has become small is read when it is needed, since its slots share exactly.
+                    if len(slots) == size and window.place is place:
+                        window.ahead = Part(slots, begun, end)
+                if not all(window.ahead for window in windows):
+                    break
+        except DatabaseUnavailable as error:
+            _log.warning("reading ahead waits for the database", error=error.message)
 
     async def choose(self, wish: Wish, units: int, turn: int, since: float = float("-inf")) -> list[Pick]:
         """Proposes up to `units`; fewer only if what the index may rely on holds no more.
@@ -246,6 +298,12 @@ class OrganizationIndex:
         ]
         if not wanted:
             return False
+        at_hand = [window for window in wanted if window.ahead and window.ahead.begun >= fresh_part]
+        for window in at_hand:
+            self._show_ahead(window)
+        wanted = [window for window in wanted if window not in at_hand]
+        if not wanted:
+            return True
         if len(wanted) > _CLASSES_AT_ONCE:
             wanted.sort(key=_served)
         for others in lower:
@@ -268,17 +326,27 @@ class OrganizationIndex:
         )
         for window in windows:
             rows, place = found.get(window.slots.class_id, ([], window.place))
-            proposed = self._dealer.proposed_slots
-            for slot in rows:
-                if units := proposed.get(slot.slot_id):
-                    slot.taken += units
-                    slot.room -= units
             whole = len(rows) < size
             if not whole:
                 window.place = place
-            window.show((slot for slot in rows if slot.room > 0), begun, whole=whole)
+            window.show(self._not_proposed(rows), begun, whole=whole)
         self._window_seconds = time.monotonic() - begun
         INDEX_SECONDS.observe(self._window_seconds)
+
+    def _show_ahead(self, window: ClassWindow) -> None:
+        part = window.ahead
+        assert part is not None
+        window.place = part.end
+        window.show(self._not_proposed(part.slots), part.begun, whole=False)
+
+    def _not_proposed(self, slots: Sequence[AvailableSlot]) -> list[AvailableSlot]:
+        """Returns the slots that have room beside what this batch proposed."""
+        proposed = self._dealer.proposed_slots
+        for slot in slots:
+            if units := proposed.get(slot.slot_id):
+                slot.taken += units
+                slot.room -= units
+        return [slot for slot in slots if slot.room > 0]
 
     async def _make_day(self) -> None:
         """Makes some rows of today, so that there is work at once, and begins to make the others behind it."""
@@ -297,9 +365,10 @@ class OrganizationIndex:
 
     async def close(self) -> None:
         """Ends what goes on behind it; whoever needs the day next goes on."""
-        if self._days is not None:
-            self._days.cancel()
-            await asyncio.gather(self._days, return_exceptions=True)
+        for task in (self._days, self._ahead):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
 
 class Availability:

@@ -12,8 +12,14 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from uuid import UUID
 
-# How many exits take turns at a time, and so about how many rows of exits a large batch moves.
+# As many, or fewer, are dealt one by one, by their exact shares.
 HAND = 64
+# How many exits take turns at a time under load, and how much longer a turn is than that of a slot: the units of one
+# call leave through as many exits, and a large batch moves about so many rows of exits. There are few exits, so each
+# row moves often, and while another transaction keeps its old versions from being removed, every move that leaves its
+# page costs more than the one before.
+_TAKING_TURNS = 32
+_LONGER = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +75,7 @@ class _Group:
         """Takes one use; None when no exit has head-room."""
         while True:
             if not self._hand:
-                self._draw(1 if self._is_small else turn)
+                self._draw(turn)
                 if not self._hand:
                     return None
             left, number, exit_ = self._hand.popleft()
@@ -84,7 +90,11 @@ class _Group:
 
     def _draw(self, turn: int) -> None:
         heap = self._heap
-        while heap and len(self._hand) < (1 if self._is_small else HAND):
+        if self._is_small or turn == 1:
+            hand, turn = 1, 1
+        else:
+            hand, turn = _TAKING_TURNS, turn * _LONGER
+        while heap and len(self._hand) < hand:
             rank, number, exit_ = heapq.heappop(heap)
             if exit_.taken >= exit_.cap:
                 continue

@@ -69,6 +69,15 @@ class AvailableSlot:
         return self.taken / self.share
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Slots of a class that were read from `place` on: `begun` is when, `end` where the next part begins."""
+
+    slots: list[AvailableSlot]
+    begun: float
+    end: tuple[float, UUID]
+
+
 def window_size(classes: int) -> int:
     """Returns how many slots of each class are read when so many classes are read at once."""
     return max(_LEAST_SLOTS, min(_MOST_SLOTS, _ALL_SLOTS // classes))
@@ -83,16 +92,19 @@ class ClassWindow:
         is_whole: Whether the class has no slots with room but these.
         served: When a unit of the class was last proposed, counted in proposals.
         place: Where the next reading begins: open_at and slot. At first anywhere, so that replicas do not meet.
+        ahead: The next part, if it was read before it is needed.
     """
 
-    __slots__ = ("_heap", "_mean", "_numbers", "begun", "is_whole", "place", "served", "slots")
+    __slots__ = ("_heap", "_mean", "_numbers", "_shown", "ahead", "begun", "is_whole", "place", "served", "slots")
 
     def __init__(self, slots: SlotClass) -> None:
         self.slots = slots
         self.begun = float("-inf")
         self.served = 0
         self.place: tuple[float, UUID] = (float("-inf"), uuid.uuid4())
+        self.ahead: Part | None = None
         self._heap: list[tuple[float, int, AvailableSlot]] = []
+        self._shown = 0
         self.is_whole = True
         self._mean = 1.0
         self._numbers = 0
@@ -105,15 +117,20 @@ class ClassWindow:
         """Whether there may be more to read: a part of the class was read, and each of its slots had its turn."""
         return not self._heap and not self.is_whole
 
+    def is_half_used(self, since: float) -> bool:
+        """Whether the next part will be needed soon: half of this one had its turn, or it was read before `since`."""
+        return not self.is_whole and (len(self._heap) * 2 <= self._shown or self.begun < since)
+
     def show(self, slots: Iterable[AvailableSlot], begun: float, *, whole: bool) -> None:
         """Takes what was read."""
         self.begun = begun
         self.is_whole = whole
+        self.ahead = None
         # In the order of their ids, so that what is equal is served alike whenever it is asked for.
         ordered = sorted(slots, key=_by_id)
         self._mean = sum(slot.share for slot in ordered) / len(ordered) if ordered else 1.0
         self._heap = [(slot.rank(), number, slot) for number, slot in enumerate(ordered)]
-        self._numbers = len(ordered)
+        self._numbers = self._shown = len(ordered)
         heapq.heapify(self._heap)
 
     def top(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import date, datetime
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from allocator.blockers import NoWork
 from allocator.clients import ClientIdentity
 from allocator.leases import LeaseName
 from allocator.slots import Setting, Tracking
-from services.errors import DomainError
+from services.errors import DomainError, InvalidField
 from services.status import Context, code_number
 from services.validate import Checks
 
@@ -47,16 +48,40 @@ def client_identity(checks: Checks, owner: Any, context: Context) -> ClientIdent
     if not owner.HasField("client"):
         checks.fail("client", "required")
     client: work_pb2.ClientIdentity = owner.client
-    address = checks.address("client.client_ip", client.client_ip)
-    if not address and (peer := _PEER.match(context.peer() or "")):
-        address = peer["address"]
-    return ClientIdentity(
-        client_id=checks.identifier("client.client_id", client.client_id),
-        client_name=checks.text("client.client_name", client.client_name, max_length=128),
-        instance_number=checks.number("client.instance_number", client.instance_number, least=0, most=65535),
-        user_folder_number=checks.number("client.user_folder_number", client.user_folder_number, least=0, most=65535),
+    said = (
+        client.client_id,
+        client.client_name,
+        client.instance_number,
+        client.user_folder_number,
+        client.client_ip or context.peer() or "",
+    )
+    try:
+        return _checked_identity(*said, bool(client.client_ip))
+    except InvalidField as error:
+        for violation in error.violations:
+            checks.fail(violation.field, violation.rule)
+        return ClientIdentity(*said)
+
+
+# The same machines call all the time.
+@lru_cache(maxsize=16_384)
+def _checked_identity(
+    client_id: str, client_name: str, instance_number: int, user_folder_number: int, address: str, is_said: bool
+) -> ClientIdentity:
+    checks = Checks()
+    if is_said:
+        address = checks.address("client.client_ip", address)
+    else:
+        address = peer["address"] if (peer := _PEER.match(address)) else ""
+    identity = ClientIdentity(
+        client_id=checks.identifier("client.client_id", client_id),
+        client_name=checks.text("client.client_name", client_name, max_length=128),
+        instance_number=checks.number("client.instance_number", instance_number, least=0, most=65535),
+        user_folder_number=checks.number("client.user_folder_number", user_folder_number, least=0, most=65535),
         client_ip=address,
     )
+    checks.done()
+    return identity
 
 
 def no_work_message(no_work: NoWork) -> work_pb2.NoWork:

@@ -6,19 +6,20 @@ import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 from muster.allocator.v1 import work_pb2, work_pb2_grpc
 
 from allocator.allocation import Allocation
+from allocator.blockers import NoWork
 from allocator.clients import ClientIdentity, Clients
-from allocator.explanation import NoWork
 from allocator.leases import LeaseName, Leases
 from allocator.package_bytes import length, packages_bytes
 from allocator.packages import Demand
 from allocator.results import Results
-from allocator.submissions import answers, submissions
+from allocator.submissions import answers_bytes, submissions
 from allocator.translation import (
     client_identity,
     item_error,
@@ -37,6 +38,9 @@ _UNANSWERED = 64
 # The tags of a stream's answer.
 _SEQUENCE = b"\x08"
 _ALLOCATE = b"\x12"
+_SUBMIT = b"\x2a"
+# An answer on a stream: its sequence, and the message, encoded or not.
+_Answer = tuple[int, work_pb2.WorkStreamResponse | bytes]
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z")
 
 
@@ -57,19 +61,15 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         self._clients = clients
         self._draining = draining
 
-    async def AllocateWork(
+    async def AllocateWork(  # type: ignore[override]
         self, request: work_pb2.AllocateWorkRequest, context: Context
-    ) -> work_pb2.AllocateWorkResponse:
-        """Hands out work."""
-        return work_pb2.AllocateWorkResponse.FromString(await self._allocate(request, context))
-
-    async def _allocate(self, request: work_pb2.AllocateWorkRequest, context: Context) -> bytes:
-        """Returns the answer to a demand, encoded."""
+    ) -> bytes:
+        """Hands out work; the answer is encoded."""
         checks = Checks()
         client = client_identity(checks, request, context)
         demand = Demand(
             request_id=checks.uuid("request_id", request.request_id),
-            digest=_digest(request, client),
+            digest=_digest(client, request.max_items, request.target, request.region),
             client_id=client.client_id,
             instance_number=client.instance_number,
             max_items=checks.number("max_items", request.max_items or 1, least=1, most=_MOST_ITEMS),
@@ -114,16 +114,16 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
             ]
         )
 
-    async def SubmitResults(
+    async def SubmitResults(  # type: ignore[override]
         self, request: work_pb2.SubmitResultsRequest, context: Context
-    ) -> work_pb2.SubmitResultsResponse:
-        """Records results."""
+    ) -> bytes:
+        """Records results; the answer is encoded."""
         checks = Checks()
         client = client_identity(checks, request, context)
         given = submissions(checks, request, client)
         checks.done()
         answered = await self._results.submit(await self._organization(), client, given)
-        return work_pb2.SubmitResultsResponse(results=answers(given, answered))
+        return answers_bytes(given, answered)
 
     async def Heartbeat(self, request: work_pb2.HeartbeatRequest, context: Context) -> work_pb2.HeartbeatResponse:
         """Notes that an instance lives, or that it ends."""
@@ -137,11 +137,11 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         now, draining = await self._clients.heartbeat(organization_id, client)
         return work_pb2.HeartbeatResponse(server_time=moment(now), drain=draining, released_leases=released)
 
-    async def WorkStream(
+    async def WorkStream(  # type: ignore[override]
         self, request_iterator: AsyncIterator[work_pb2.WorkStreamRequest], context: Context
-    ) -> AsyncIterator[work_pb2.WorkStreamResponse]:
+    ) -> AsyncIterator[work_pb2.WorkStreamResponse | bytes]:
         """Carries the calls over one stream, up to 64 at a time, each answered when it is done."""
-        answers: asyncio.Queue[work_pb2.WorkStreamResponse | BaseException | None] = asyncio.Queue()
+        answers: asyncio.Queue[_Answer | BaseException | None] = asyncio.Queue()
         room = asyncio.Semaphore(_UNANSWERED)
         tasks: set[asyncio.Task[None]] = set()
         unanswered: set[int] = set()
@@ -176,9 +176,10 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
             while (response := await answers.get()) is not None:
                 if isinstance(response, BaseException):
                     raise response
-                unanswered.discard(response.sequence)
+                sequence, message = response
+                unanswered.discard(sequence)
                 room.release()
-                yield response
+                yield message
         finally:
             for task in (reader, stop, *tasks):
                 task.cancel()
@@ -192,34 +193,37 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
             await asyncio.wait(set(tasks))
         await answers.put(None)
 
-    async def _answer(self, request: work_pb2.WorkStreamRequest, context: Context) -> work_pb2.WorkStreamResponse:
+    async def _answer(self, request: work_pb2.WorkStreamRequest, context: Context) -> _Answer:
         """Returns the answer to one call of the stream. Raises: InvalidField, which ends it."""
         sequence = request.sequence
         try:
             match request.WhichOneof("call"):
                 case "allocate":
-                    allocated = await self._allocate(request.allocate, context)
-                    return work_pb2.WorkStreamResponse.FromString(
-                        b"".join((_SEQUENCE, length(sequence), _ALLOCATE, length(len(allocated)), allocated))
-                    )
+                    allocated = await self.AllocateWork(request.allocate, context)
+                    return sequence, _stream_answer(sequence, _ALLOCATE, allocated)
                 case "renew":
                     renewed = await self.RenewLeases(request.renew, context)
-                    return work_pb2.WorkStreamResponse(sequence=sequence, renew=renewed)
+                    return sequence, work_pb2.WorkStreamResponse(sequence=sequence, renew=renewed)
                 case "release":
                     released = await self.ReleaseLeases(request.release, context)
-                    return work_pb2.WorkStreamResponse(sequence=sequence, release=released)
+                    return sequence, work_pb2.WorkStreamResponse(sequence=sequence, release=released)
                 case _:
                     submitted = await self.SubmitResults(request.submit, context)
-                    return work_pb2.WorkStreamResponse(sequence=sequence, submit=submitted)
+                    return sequence, _stream_answer(sequence, _SUBMIT, submitted)
         except InvalidField:
             raise
         except DomainError as error:
-            return work_pb2.WorkStreamResponse(sequence=sequence, error=item_error(error))
+            return sequence, work_pb2.WorkStreamResponse(sequence=sequence, error=item_error(error))
 
     async def _organization(self) -> UUID:
         principal = current().principal
         await self._clients.meet_organization(principal.organization_id, principal.time_zone)
         return principal.organization_id
+
+
+def _stream_answer(sequence: int, tag: bytes, answer: bytes) -> bytes:
+    """Returns a WorkStreamResponse with an answer that is encoded already."""
+    return b"".join((_SEQUENCE, length(sequence), tag, length(len(answer)), answer))
 
 
 def _check_sequence(request: work_pb2.WorkStreamRequest, unanswered: set[int]) -> None:
@@ -231,16 +235,17 @@ def _check_sequence(request: work_pb2.WorkStreamRequest, unanswered: set[int]) -
     checks.done()
 
 
-def _digest(request: work_pb2.AllocateWorkRequest, client: ClientIdentity) -> bytes:
+@lru_cache(maxsize=4096)
+def _digest(client: ClientIdentity, max_items: int, target: str, region: str) -> bytes:
     """A retry may wait for another time, come from another address and carry another trace."""
     same = (
         client.client_id,
         client.client_name,
         client.instance_number,
         client.user_folder_number,
-        request.max_items,
-        request.target,
-        request.region,
+        max_items,
+        target,
+        region,
     )
     return hashlib.sha256(repr(same).encode()).digest()
 

@@ -209,10 +209,13 @@ def _call_or_none() -> Call | None:
 
 def _wrap(handler: Any, method: _Method) -> Any:
     """Returns `handler` with the wrapper around its behaviour, for any of the four shapes."""
-    options = {
-        "request_deserializer": handler.request_deserializer,
-        "response_serializer": handler.response_serializer,
-    }
+    serialize = handler.response_serializer
+
+    def encoded(response: Any) -> bytes:
+        # What a servicer has encoded itself goes out as it is.
+        return response if type(response) is bytes else serialize(response)
+
+    options = {"request_deserializer": handler.request_deserializer, "response_serializer": encoded}
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(_streaming(handler.stream_stream, method), **options)
     if handler.request_streaming:

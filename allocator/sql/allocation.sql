@@ -51,7 +51,7 @@ CROSS JOIN LATERAL (
 SELECT slot_id, keyword FROM work_slots WHERE organization_id = $1 AND slot_id = ANY ($2::uuid[]);
 
 -- name: exits_with_room
--- $1 organization. Index: exits_organization_id_endpoint_key.
+-- $1 organization. Index: exits_endpoint.
 SELECT exit_id, region, cap, use_count FROM exits_now($1) WHERE enabled AND room > 0 ORDER BY exit_id;
 
 -- name: draining_clients
@@ -161,7 +161,7 @@ WHERE t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = u.slot_id;
 -- Takes up to the asked uses of each exit, as many as its cap leaves, under row locks in key order; the predicates are
 -- those of exits_now, and the first use after a window has ended begins the next. A row is looked for where it was last
 -- seen, so that versions which nobody may remove yet are not walked through, and else by the index. $1 organization,
--- $2 exits, $3 uses, $4 places, each NULL when not known. Index: primary key. What a constraint looks at is set from the
+-- $2 exits, $3 uses, $4 places, each NULL when not known. Index: exits_exit_id. What a constraint looks at is set from the
 -- locked row, as in reserve_slots.
 WITH granted AS MATERIALIZED (
   SELECT u.exit_id, l.place, l.is_there, l.cap, l.cap_mode, l.window_seconds, c.counted,
@@ -242,7 +242,8 @@ WITH clock AS (
 SELECT expires_at, renewable_until, (SELECT count(*) FROM answered) AS answered FROM clock;
 
 -- name: live_leases
--- What the packages of live leases are made of, for a retry. $1 organization, $2 keys. Index: primary keys.
+-- What the packages of live leases are made of, for a retry. $1 organization, $2 keys. Index: primary keys;
+-- exits_exit_id.
 SELECT l.allocation_key, l.lease_token, l.work_date, l.slot_id, l.expires_at, l.renewable_until, l.persona_need,
   l.persona_id, l.persona_token, l.persona_generation, l.traceparent, l.exit_provider, l.exit_ip, s.keyword, s.code, s.target,
   s.settings, s.exit_region, l.exit_id, e.endpoint, e.region

@@ -53,7 +53,7 @@ DELETE FROM exit_health h USING chosen c
 WHERE h.organization_id = $1 AND h.exit_id = $2 AND h.target = c.target;
 
 -- name: exit_stands
--- $1 organization, $2 exit. Index: primary key of exits.
+-- $1 organization, $2 exit. Index: exits_exit_id.
 SELECT EXISTS (SELECT FROM exits WHERE organization_id = $1 AND exit_id = $2);
 
 -- name: forget_health

@@ -6,7 +6,7 @@
 SELECT pg_advisory_xact_lock(hashtextextended('muster exits of ' || $1::uuid, 0));
 
 -- name: count_exits_after
--- How many exits there would be after an import. $1 organization, $2 endpoints. Index: exits_organization_id_endpoint_key.
+-- How many exits there would be after an import. $1 organization, $2 endpoints. Index: exits_endpoint.
 SELECT count(DISTINCT endpoint) FROM (
   SELECT endpoint FROM exits WHERE organization_id = $1 UNION ALL SELECT unnest($2::text[])) e;
 
@@ -23,7 +23,7 @@ SELECT exit_id FROM exits WHERE organization_id = $1 AND endpoint = ANY ($2::tex
 -- name: change_cap_modes
 -- Begins a new epoch for locked exits whose mode changes, or whose window has ended. The count is carried over, except
 -- that an exit that turns concurrent waits for move_leases. $1 organization, $2 endpoints,
--- $3 modes, $4 window seconds. Index: exits_organization_id_endpoint_key.
+-- $3 modes, $4 window seconds. Index: exits_endpoint.
 UPDATE exits e
 SET cap_mode = u.cap_mode, window_seconds = u.window_seconds, toggle_epoch = e.toggle_epoch + 1, use_count = n.uses,
   window_ends_at = CASE WHEN u.cap_mode = 3 AND n.uses > 0 THEN now() + u.window_seconds * interval '1 second'
@@ -38,7 +38,7 @@ WHERE e.organization_id = $1 AND e.exit_id = o.exit_id
 -- name: move_leases
 -- Moves the leases of locked concurrent exits into the exits' epoch and counts them there. Leases are counted as they
 -- are moved, since one that ends at this moment may still be seen otherwise. $1 organization, $2 exits.
--- Index: leases_holder, primary key of exits.
+-- Index: leases_holder, exits_exit_id.
 WITH moved AS (
   UPDATE leases l SET exit_epoch = e.toggle_epoch, exit_returns = true
   FROM exits e
@@ -51,25 +51,33 @@ FROM (SELECT exit_id, count(*)::integer AS leases FROM moved GROUP BY exit_id) m
 WHERE e.organization_id = $1 AND e.exit_id = m.exit_id;
 
 -- name: import_exits
--- One that stands keeps its counters and takes the other values; its cap never falls below the uses that count.
+-- One that stands, locked, keeps its counters and takes the other values; its cap never falls below the uses that count.
+-- Needs the lock of imports, for no unique index would see the same endpoint made twice.
 -- $1 organization, $2 ids in order of the endpoints, $3 endpoints, $4 regions, $5 modes, $6 caps, $7 window seconds.
--- Index: exits_organization_id_endpoint_key.
+-- Index: exits_endpoint.
+WITH given AS MATERIALIZED (
+  SELECT * FROM unnest($2::uuid[], $3::text[], $4::text[], $5::smallint[], $6::integer[], $7::integer[])
+    AS u (exit_id, endpoint, region, cap_mode, cap, window_seconds)
+), kept AS (
+  UPDATE exits e
+  SET region = g.region, cap = greatest(g.cap, e.use_count), window_seconds = g.window_seconds
+  FROM given g
+  WHERE e.organization_id = $1 AND e.endpoint = g.endpoint
+)
 INSERT INTO exits (exit_id, organization_id, endpoint, region, cap_mode, cap, window_seconds)
-SELECT exit_id, $1, endpoint, region, cap_mode, cap, window_seconds
-FROM unnest($2::uuid[], $3::text[], $4::text[], $5::smallint[], $6::integer[], $7::integer[])
-  AS u (exit_id, endpoint, region, cap_mode, cap, window_seconds)
-ON CONFLICT (organization_id, endpoint) DO UPDATE
-SET region = excluded.region, cap = greatest(excluded.cap, exits.use_count), window_seconds = excluded.window_seconds;
+SELECT g.exit_id, $1, g.endpoint, g.region, g.cap_mode, g.cap, g.window_seconds
+FROM given g
+WHERE NOT EXISTS (SELECT FROM exits e WHERE e.organization_id = $1 AND e.endpoint = g.endpoint);
 
 -- name: exits_by_endpoint
--- $1 organization, $2 endpoints. Index: exits_organization_id_endpoint_key.
+-- $1 organization, $2 endpoints. Index: exits_endpoint.
 SELECT exit_id, endpoint, region, cap_mode, cap, window_seconds,
   CASE WHEN cap_mode = 3 AND window_ends_at <= now() THEN 0 ELSE use_count END AS use_count, toggle_epoch, enabled,
   toggled_at, created_at, nullif(window_ends_at, '-infinity') AS window_ends_at
 FROM exits WHERE organization_id = $1 AND endpoint = ANY ($2::text[]);
 
 -- name: exit_by_id
--- $1 organization, $2 exit. Index: primary key.
+-- $1 organization, $2 exit. Index: exits_exit_id.
 SELECT exit_id, endpoint, region, cap_mode, cap, window_seconds,
   CASE WHEN cap_mode = 3 AND window_ends_at <= now() THEN 0 ELSE use_count END AS use_count, toggle_epoch, enabled,
   toggled_at, created_at, nullif(window_ends_at, '-infinity') AS window_ends_at
@@ -84,12 +92,12 @@ FROM exits WHERE organization_id = $1 AND ($2::uuid IS NULL OR exit_id > $2)
 ORDER BY exit_id LIMIT $3;
 
 -- name: set_exit_enabled
--- $1 organization, $2 exit, $3 enabled. Index: primary key.
+-- $1 organization, $2 exit, $3 enabled. Index: exits_exit_id.
 UPDATE exits SET enabled = $3 WHERE organization_id = $1 AND exit_id = $2;
 
 -- name: toggle_exit
 -- Begins a new epoch, with the count at 0, and logs the toggle; no row when there is no such exit. A concurrent exit's
--- leases are to be moved after it. $1 organization, $2 exit, $3 toggle id, $4 actor, $5 reason. Index: primary key.
+-- leases are to be moved after it. $1 organization, $2 exit, $3 toggle id, $4 actor, $5 reason. Index: exits_exit_id.
 WITH before AS MATERIALIZED (
   SELECT exit_id, cap_mode, CASE WHEN cap_mode = 3 AND window_ends_at <= now() THEN 0 ELSE use_count END AS use_count
   FROM exits WHERE organization_id = $1 AND exit_id = $2 FOR UPDATE
@@ -119,6 +127,6 @@ FROM exits e WHERE e.enabled;
 
 -- name: pool
 -- What enabled exits have left together, and the clock. $1 organization, $2 region or NULL for all.
--- Index: exits_organization_id_endpoint_key.
+-- Index: exits_endpoint.
 SELECT coalesce(sum(room), 0)::bigint AS room, coalesce(sum(cap), 0)::bigint AS capacity, now() AS at
 FROM exits_now($1) WHERE enabled AND ($2::text IS NULL OR region = $2);

@@ -109,7 +109,7 @@ WHERE t.organization_id = $1 AND t.work_date = m.work_date AND t.slot_id = m.slo
 -- name: return_exit_uses
 -- Gives uses back, unless the exit began a new epoch since they were taken. To be run when the leases are locked by an
 -- earlier statement, so that it sees the epoch that they are of. $1 organization, $2 exits, $3 epochs, $4 uses.
--- Index: primary key.
+-- Index: exits_exit_id.
 WITH returned AS MATERIALIZED (
   SELECT e.exit_id, e.cap, e.use_count - u.uses AS use_count
   FROM unnest($2::uuid[], $3::integer[], $4::integer[]) AS u (exit_id, epoch, uses)

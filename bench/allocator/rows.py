@@ -24,6 +24,8 @@ from bench.allocator.table import Measure, spread
 from services.launcher.postgres import EmbeddedPostgres
 
 _DRAIN_SLOTS, _DRAIN_QUOTA = 200, 50
+# Requests that each stream keeps unanswered: a machine of a fleet asks for more before the last answer is used up.
+_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,10 @@ class Bench:
         self.fleet.begin(shape, [server.address for server in on], key, seconds, **how)  # type: ignore[arg-type]
         return self.fleet.end()
 
+    def asked_ahead(self, on: Sequence[Server], key: str, seconds: float) -> Tally:
+        """Runs the load of row 1: demand on streams, each some requests ahead."""
+        return self.load("stream", on, key, seconds, in_flight=_AHEAD)
+
     def rate(self, tally: Tally) -> float:
         """Returns units a second. Refusals are part of a load only when something is wrong."""
         if tally.refused:
@@ -90,7 +96,7 @@ def durable(bench: Bench) -> Measure:
     baseline: list[float] = []
     for _ in range(plan.rounds):
         main.renew()
-        ours.append(bench.rate(bench.load("stream", [server], main.key, plan.seconds)))
+        ours.append(bench.rate(bench.asked_ahead([server], main.key, plan.seconds)))
         one_by_one.renew()
         baseline.append(statistics.mean(one_by_one.run(plan.seconds)))
         bench.said(f"  {ours[-1]:,.0f}/s, pgbench {baseline[-1]:,.0f}/s")
@@ -100,7 +106,7 @@ def durable(bench: Bench) -> Measure:
     if not plan.decline_seconds:
         return measure
     main.renew()
-    kept = _kept(bench.load("stream", [server], main.key, plan.decline_seconds).units)
+    kept = _kept(bench.asked_ahead([server], main.key, plan.decline_seconds).units)
     one_by_one.renew()
     baseline_kept = _kept(one_by_one.run(plan.decline_seconds))
     minutes = f"{plan.decline_seconds / 60:g} minutes"
@@ -152,7 +158,7 @@ def latency(bench: Bench) -> Measure:
     tenths: list[float] = []
     for _ in range(bench.plan.rounds):
         main.renew()
-        peak = bench.load("stream", [server], main.key, bench.plan.seconds).calls / bench.plan.seconds
+        peak = bench.asked_ahead([server], main.key, bench.plan.seconds).calls / bench.plan.seconds
         for share, figures in ((0.1, tenths), (0.5, halves)):
             tally = bench.load("paced", [server], main.key, bench.plan.seconds, rate=peak * share)
             figures.append(statistics.quantiles(tally.latencies, n=100)[98] * 1e3)
@@ -174,7 +180,7 @@ def many_slots(bench: Bench) -> Measure:
             both = [(many, many_server, ours), (few, few_server, baseline)]
             for which, server, figures in both if number % 2 == 0 else reversed(both):
                 which.renew()
-                figures.append(bench.rate(bench.load("stream", [server], which.key, plan.seconds)))
+                figures.append(bench.rate(bench.asked_ahead([server], which.key, plan.seconds)))
             bench.said(f"  {ours[-1]:,.0f}/s, with {stock.SLOTS:,} slots {baseline[-1]:,.0f}/s")
     name = f"allocations with {plan.many_slots:,} slots, against {stock.SLOTS:,}"
     return Measure(5, name, "1/s", ours, baseline, 0.8)
@@ -189,10 +195,10 @@ def held_xmin(bench: Bench) -> Measure:
     free: list[float] = []
     for _ in range(plan.rounds):
         main.renew()
-        free.append(bench.rate(bench.load("stream", [server], main.key, min(tail, plan.hold_seconds))))
+        free.append(bench.rate(bench.asked_ahead([server], main.key, min(tail, plan.hold_seconds))))
         main.renew()
         with _old_snapshot(main.dsn):
-            units = bench.load("stream", [server], main.key, plan.hold_seconds).units
+            units = bench.asked_ahead([server], main.key, plan.hold_seconds).units
         held.append(statistics.mean(units[-tail:]))
         bench.said(f"  {held[-1]:,.0f}/s, without {free[-1]:,.0f}/s; whole hold {statistics.mean(units):,.0f}/s")
     name = f"allocations in the last {tail} s of {plan.hold_seconds} s with xmin held, against without"
@@ -210,7 +216,7 @@ def replicas(bench: Bench) -> Measure:
             both = [([server, other], two), ([server], one)]
             for on, figures in both if number % 2 == 0 else reversed(both):
                 main.renew()
-                tally = bench.load("stream", on, main.key, bench.plan.seconds)
+                tally = bench.asked_ahead(on, main.key, bench.plan.seconds)
                 untrue += tally.no_work
                 figures.append(bench.rate(tally))
             bench.said(f"  two {two[-1]:,.0f}/s, one {one[-1]:,.0f}/s")

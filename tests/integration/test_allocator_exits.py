@@ -75,6 +75,14 @@ async def test_a_spec_comes_back_as_it_was_given(allocator: Allocator) -> None:
         await afresh(allocator)
 
 
+async def test_imports_at_the_same_time_make_no_endpoint_twice(allocator: Allocator) -> None:
+    imports = await asyncio.gather(*(allocator.add_exits(count, cap=10) for count in (5, 8, 3, 8, 5, 8)))
+    rows = await allocator.sql("SELECT endpoint, exit_id::text FROM exits")
+    assert len(rows) == len({row["endpoint"] for row in rows}) == len({row["exit_id"] for row in rows}) == 8
+    known = {row["endpoint"]: row["exit_id"] for row in rows}
+    assert all(known[exit_.spec.endpoint] == exit_.exit_id for exits in imports for exit_ in exits)
+
+
 async def test_a_spec_that_says_nothing_sensible_is_refused(allocator: Allocator) -> None:
     faults: list[tuple[str, dict[str, Any]]] = [
         ("window_seconds", {"cap_mode": PER_WINDOW}),
