@@ -22,7 +22,7 @@ _log = structlog.get_logger("allocator.gauges")
 
 _SECONDS = 5.0
 _SLOW_SECONDS = 60.0
-# With millions of slots a reading takes seconds: it may take this share of the time.
+# With millions of slots or leases a reading takes seconds: it may take this share of the time.
 _SHARE = 0.02
 
 
@@ -56,12 +56,15 @@ class Gauges:
         """Reads the gauges again and again; they keep their values while the database is away."""
         slowly_at = 0.0
         while True:
+            took = 0.0
+            begun = time.monotonic()
             try:
                 await self.measure()
+                took = time.monotonic() - begun
                 begun = time.monotonic()
                 if begun >= slowly_at:
                     await self.measure_slowly()
                     slowly_at = begun + max(_SLOW_SECONDS, (time.monotonic() - begun) / _SHARE)
             except DatabaseUnavailable as error:
                 _log.warning("the gauges wait for the database", error=error.message)
-            await asyncio.sleep(_SECONDS)
+            await asyncio.sleep(max(_SECONDS, took / _SHARE))

@@ -2,12 +2,15 @@
 
 -- name: gauges
 -- Read every few seconds. Small tables only: leases that live, what waits, and what is in quarantine.
-SELECT
-  (SELECT count(*) FROM leases) AS live_leases,
-  (SELECT count(*) FROM leases WHERE expires_at < clock_timestamp() - interval '1 minute') AS overdue_leases,
+SELECT l.live_leases, l.overdue_leases,
   (SELECT count(*) FROM outbox) AS outbox_pending,
   coalesce((SELECT extract(epoch FROM clock_timestamp() - min(created_at)) FROM outbox), 0)::float8 AS outbox_seconds,
-  (SELECT count(*) FROM quarantined_results) AS quarantined;
+  (SELECT count(*) FROM quarantined_results) AS quarantined
+FROM (
+  SELECT count(*) AS live_leases,
+    count(*) FILTER (WHERE expires_at < clock_timestamp() - interval '1 minute') AS overdue_leases
+  FROM leases
+) l;
 
 -- name: slow_gauges
 -- Read once a minute. $1 the seconds of silence after which a client is offline; of those only the ones count that spoke
