@@ -55,9 +55,19 @@ check: $(READY) ## Lint, types, layers, contracts, generated code
 bench: $(READY) ## Measure the chassis against bare grpc.aio
 	$(BIN)/python -m bench.chassis
 
+BENCH ?=
+.PHONY: bench-tracker
+bench-tracker: $(READY) ## Measure the session tracker, for about half an hour; BENCH=--quick for a minute
+	$(BIN)/python -m bench.tracker $(BENCH)
+
 .PHONY: fault
 fault: $(READY) ## Kill services under a fleet for five minutes and check its history; end every command 100 times
 	MUSTER_FAULT_SECONDS=300 MUSTER_EXIT_RUNS=100 $(BIN)/python -m pytest -s tests/fault tests/acceptance/test_exits.py
+
+.PHONY: fault-tracker
+fault-tracker: $(READY) ## Kill, stop and restart trackers, Redis and PostgreSQL for five minutes; try 2,000 orders of calls
+	MUSTER_FAULT_SECONDS=300 $(BIN)/python -m pytest -s tests/fault/test_tracker_checker.py tests/fault/test_tracker_under_faults.py
+	MUSTER_PROPERTY_EXAMPLES=2000 $(BIN)/python -m pytest -s tests/property/test_tracker_model.py tests/property/test_tracker_redis_model.py
 
 .PHONY: lock
 lock: ## Pin the requirements anew (needs uv)

@@ -211,7 +211,7 @@ def _wrap(handler: Any, method: _Method) -> Any:
     """Returns `handler` with the wrapper around its behaviour, for any of the four shapes."""
     options = {
         "request_deserializer": handler.request_deserializer,
-        "response_serializer": handler.response_serializer,
+        "response_serializer": _passing(handler.response_serializer),
     }
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(_streaming(handler.stream_stream, method), **options)
@@ -220,6 +220,15 @@ def _wrap(handler: Any, method: _Method) -> Any:
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(_streaming(handler.unary_stream, method), **options)
     return grpc.unary_unary_rpc_method_handler(_single(handler.unary_unary, method), **options)
+
+
+def _passing(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Lets a handler answer with bytes as well: those of an answer that it serialized once for many callers."""
+
+    def serialized(response: Any) -> bytes:
+        return response if type(response) is bytes else serialize(response)
+
+    return serialized
 
 
 def _single(behaviour: Callable[[Any, Context], Awaitable[Any]], method: _Method) -> Handler:
