@@ -60,6 +60,10 @@ BENCH ?=
 bench-allocator: $(READY) ## Measure the allocator, for an hour and a half; BENCH=--quick for under a minute
 	$(BIN)/python -m bench.allocator $(BENCH)
 
+.PHONY: bench-tracker
+bench-tracker: $(READY) ## Measure the session tracker, for about half an hour; BENCH=--quick for a minute
+	$(BIN)/python -m bench.tracker $(BENCH)
+
 .PHONY: fault
 fault: $(READY) ## Kill services under two fleets, five minutes each, and check their histories; end every command 100 times
 	MUSTER_FAULT_SECONDS=300 MUSTER_EXIT_RUNS=100 $(BIN)/python -m pytest -s tests/fault tests/acceptance/test_exits.py
@@ -68,6 +72,11 @@ fault: $(READY) ## Kill services under two fleets, five minutes each, and check 
 fault-allocator: $(READY) ## Kill, stop and restart allocators, PostgreSQL and workers for five minutes; try 2,000 orders of calls
 	MUSTER_FAULT_SECONDS=300 $(BIN)/python -m pytest -s tests/fault/test_allocator_checker.py tests/fault/test_allocator_under_faults.py
 	MUSTER_PROPERTY_EXAMPLES=2000 $(BIN)/python -m pytest -s tests/property/test_allocator_leases.py
+
+.PHONY: fault-tracker
+fault-tracker: $(READY) ## Kill, stop and restart trackers, Redis and PostgreSQL for five minutes; try 2,000 orders of calls
+	MUSTER_FAULT_SECONDS=300 $(BIN)/python -m pytest -s tests/fault/test_tracker_checker.py tests/fault/test_tracker_under_faults.py
+	MUSTER_PROPERTY_EXAMPLES=2000 $(BIN)/python -m pytest -s tests/property/test_tracker_model.py tests/property/test_tracker_redis_model.py
 
 .PHONY: lock
 lock: ## Pin the requirements anew (needs uv)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from session_tracker.sessions import Session
 
@@ -14,18 +14,22 @@ _REMEMBERED_ENDS = 10_000
 
 
 class Changes:
-    """Numbers changes and notes for watchers which sessions changed: the latest state of each, never a queue.
+    """Numbers changes and notes for whoever follows which sessions changed: the latest state of each, never a queue.
+
+    Args:
+        settle: Brings reports that wait to be counted into this order; called before anything is read.
 
     Attributes:
         epoch: Names the life of this memory.
         offset: Grows by one with every change.
-        dirty: Ids changed since the last `distribute`; only kept while somebody watches.
-        stirred: Set when `dirty` gets its first id; `distribute` clears it.
+        dirty: Ids changed since the last `distribute`; only kept while somebody follows.
+        stirred: Set when there is something to distribute; `distribute` clears it.
     """
 
-    __slots__ = ("_ends", "_ends_forgotten_at", "_subscribers", "dirty", "epoch", "offset", "stirred")
+    __slots__ = ("_ends", "_ends_forgotten_at", "_settle", "_subscribers", "dirty", "epoch", "offset", "stirred")
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], None]) -> None:
+        self._settle = settle
         self.epoch = secrets.token_hex(8)
         self.offset = 0
         self.dirty: set[str] = set()
@@ -36,7 +40,7 @@ class Changes:
 
     @property
     def watched(self) -> bool:
-        """Whether anybody watches."""
+        """Whether anybody follows."""
         return bool(self._subscribers)
 
     def mark(self, session: Session) -> None:
@@ -74,6 +78,7 @@ class Changes:
 
         Reports note an id once, however many watch; the first watcher to wake shares it out.
         """
+        self._settle()
         for pending in self._subscribers:
             pending.update(self.dirty)
         self.dirty.clear()
@@ -85,6 +90,7 @@ class Changes:
         Costs a look at every session. Each watcher that comes back pays that once, where a ring of changes would be
         paid by every update, and at full speed would reach back over some hundredths of a second only.
         """
+        self._settle()
         if not self._ends_forgotten_at <= offset <= self.offset:
             return None
         changed = {session.session_id for session in sessions if session.changed > offset}

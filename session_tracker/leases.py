@@ -55,7 +55,9 @@ class Renewals:
 
     async def round(self) -> None:
         """Renews what moved since the last round; one organization's refusal does not hold up the others."""
-        organizations = [organization for organization in self._organizations if organization.moved]
+        for organization in self._organizations:
+            organization.settle()
+        organizations = [organization for organization in self._organizations if organization.live.moved]
         failures = await asyncio.gather(*(self._renew_all(organization) for organization in organizations))
         reasons = [failure for failure in failures if failure]
         if reasons:
@@ -67,21 +69,23 @@ class Renewals:
 
     async def _renew_all(self, organization: Organization) -> str:
         """Renews what moved in one organization; returns why that could not be ended, or nothing."""
-        moved, organization.moved = organization.moved, []
+        moved, organization.live.moved = organization.live.moved, []
         for begin in range(0, len(moved), _MAX_LEASES):
             try:
                 await self._renew(organization, moved[begin : begin + _MAX_LEASES])
             except AllocatorUnavailable as error:
-                organization.moved += moved[begin:]
+                organization.live.moved += moved[begin:]
                 return str(error)
         return ""
 
     async def _renew(self, organization: Organization, moved: list[Session]) -> None:
         # Ended sessions need no lease any more.
         asked = [
-            (session, session.lease)
+            (session, lease)
             for session in moved
-            if session.lease is not None and organization.sessions.get(session.session_id) is session
+            if (lease := session.lease) is not None
+            and not session.owner
+            and organization.sessions.get(session.session_id) is session
         ]
         if not asked:
             return
@@ -90,7 +94,10 @@ class Renewals:
         except AllocatorUnavailable:
             RENEWALS.labels("unavailable").inc(len(asked))
             raise
-        for (session, _), lost in zip(asked, answers, strict=True):
+        for (session, lease), lost in zip(asked, answers, strict=True):
+            if session.lease != lease:
+                # It was registered again with another lease meanwhile, or has ended.
+                continue
             # From here on, a report makes it due again.
             session.renewable = lost is None
             if lost is not None:

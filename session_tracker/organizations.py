@@ -1,34 +1,24 @@
-"""One organization's live sessions, with the roll-ups and the order of changes kept beside them."""
+"""One organization's sessions: their start, silence, commands and end; and all organizations."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from sys import intern
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from uuid import UUID
 
-from session_tracker.changes import Changes
 from session_tracker.clock import Clock
+from session_tracker.commands import Command, CommandKind, Listener
 from session_tracker.config import SessionsConfig
 from session_tracker.errors import SessionAlreadyCompleted, SessionLimitReached, SessionNotFound
-from session_tracker.rate import Rate
-from session_tracker.sessions import (
-    LIVE_STATES,
-    LOST,
-    RUNNING,
-    STALLED,
-    LeaseLost,
-    Listener,
-    Registration,
-    Session,
-    State,
-    Update,
-)
+from session_tracker.intake import STALE, TAKEN, UNKNOWN, Batch, Handles, Intake
+from session_tracker.live import Live
+from session_tracker.mirrors import Mirrors
+from session_tracker.records import Counters, Record
+from session_tracker.rollups import Figures, Totals, together
+from session_tracker.sessions import COMPLETED, LOST, RUNNING, STALLED, Registration, SavePoint, Session, State
+from session_tracker.updates import Update
 
-# Verdicts, as the contract numbers them.
-TAKEN, STALE, UNKNOWN = 1, 2, 3
+__all__ = ["STALE", "TAKEN", "UNKNOWN", "Batch", "Organization", "Organizations"]
 
 # How long, and how many, completed ids are remembered so that a late worker does not start one again. This is a
 # courtesy: the database decides when such a session is completed.
@@ -36,232 +26,231 @@ _COMPLETED_SECONDS = 600.0
 _REMEMBERED_COMPLETED = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What was done with a batch of updates.
-
-    Attributes:
-        verdicts: `TAKEN`, `STALE` or `UNKNOWN` for each update.
-        commands: For the workers of these sessions; none is named twice.
-    """
-
-    verdicts: list[int]
-    commands: list[LeaseLost]
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """An organization's live figures."""
-
-    live: int
-    by_state: dict[State, int]
-    pages: int
-    products: int
-    errors: int
-    pages_per_second: float
-    results_committed: int
-
-
 class Organization:
-    """The live sessions of one organization.
+    """The sessions of one organization.
 
     Everything here runs on the event loop without waiting, so each method is atomic to every other.
 
     Attributes:
-        sessions: The live ones, by id.
-        changes: Their order, for watchers.
-        moved: Those with a lease that moved since the last round of renewals.
-        results_committed: Final results since the process started.
+        live: The memory; for the parts of the engine.
+        sessions: Live sessions, and finished ones until they leave, by id.
+        changes: Their order, for watchers and others who follow.
+        intake: Takes reports.
+        store_rebuilding: Set while the store shared with other replicas is away or being read.
     """
 
     def __init__(self, organization_id: UUID, config: SessionsConfig, clock: Clock) -> None:
         self.organization_id = organization_id
-        self.sessions: dict[str, Session] = {}
-        self.changes = Changes()
-        self.moved: list[Session] = []
-        self.results_committed = 0
+        self.live = Live(config, clock)
+        self.sessions = self.live.sessions
+        self.changes = self.live.changes
+        self.intake = Intake(self.live)
+        self.store_rebuilding = False
+        self._mirrors = Mirrors(self.live)
         self._config = config
         self._clock = clock
-        self._by_state = [0] * (max(State) + 1)
-        self._pages = self._products = self._errors = 0
-        self._rate = Rate()
-        self._sorted_ids: list[str] | None = []
         self._completed: OrderedDict[str, float] = OrderedDict()
+        self._finished: deque[tuple[float, Session]] = deque()
 
     def start(self, registration: Registration) -> Session:
         """Registers a session, or returns the live one of that id, after taking `progress` if that is newer.
+
+        Another lease than the one that stands replaces it, also when that one was refused.
 
         Raises:
             SessionAlreadyCompleted: it was completed a short while ago.
             SessionLimitReached: there is no room for another.
         """
         session_id = registration.session_id
-        session = self.sessions.get(session_id)
-        if session is not None:
-            if registration.progress is not None:
-                self.report([registration.progress])
-            return session
         now = self._clock.monotonic()
-        self._drop_old_completed(now)
-        if session_id in self._completed:
+        self.expire()
+        session = self.sessions.get(session_id)
+        if session is not None and not session.finished:
+            self._register_again(session, registration, now)
+            return session
+        if session is not None or session_id in self._completed:
             raise SessionAlreadyCompleted(session_id)
-        if len(self.sessions) >= self._config.max_per_organization:
+        if self.live.figures.live >= self._config.max_per_organization:
             raise SessionLimitReached(self._config.max_per_organization)
-        session = Session(registration, registration.started_at or self._clock.wall(), now)
-        self.sessions[session_id] = session
-        self._sorted_ids = None
-        self._by_state[session.state] += 1
-        self._pages += session.current_page
-        self._products += session.products_found
-        self._errors += session.errors_count
-        self.changes.mark(session)
+        session = Session(registration, self.live.next_number(), registration.started_at or self._clock.wall(), now)
+        self.live.add(session)
         return session
 
+    def _register_again(self, session: Session, registration: Registration, now: float) -> None:
+        lease = registration.lease
+        if lease is not None and lease != session.lease:
+            session.lease = lease
+            if session.rarities.lease_refused:
+                rarities = session.own_rarities()
+                rarities.lease_refused = False
+                rarities.command = None
+                self.live.commanded.discard(session.session_id)
+            self.live.mark(session)
+        if registration.checkpoint is not None and session.save is None:
+            session.save = SavePoint(registration.checkpoint, now)
+            self.live.mark(session)
+        if registration.progress is not None:
+            self.report([registration.progress])
+
     def report(self, updates: Sequence[Update], listener: Listener | None = None) -> Batch:
-        """Takes updates, in order; all of them or, if one is malformed, none: the caller has checked them.
+        """Takes updates, in order; all of them or, if one is malformed, none: the caller has checked them."""
+        return self.intake.report(updates, listener)
 
-        This is the hot path: one pass, local names, and work only for what changed.
-        """
-        now = self._clock.monotonic()
-        sessions = self.sessions
-        changes = self.changes
-        dirty = changes.dirty if changes.watched else None
-        offset = changes.offset
-        pages = products = errors = rated = 0
-        verdicts: list[int] = []
-        verdict = verdicts.append
-        commands: dict[str, LeaseLost] = {}
-        for update in updates:
-            session = sessions.get(update.session_id)
-            if session is None:
-                verdict(UNKNOWN)
-                continue
-            if session.command is not None:
-                commands[session.session_id] = session.command
-            sequence = update.sequence
-            if sequence <= session.sequence:
-                verdict(STALE)
-                continue
-            verdict(TAKEN)
-            session.sequence = sequence
-            session.reported = now
-            session.listener = listener
+    def handles(self) -> Handles:
+        """Returns what names sessions on a new stream."""
+        return Handles(self.live)
 
-            total = update.total_pages
-            if total != session.total_pages:
-                if session.total_pages:
-                    # What was reckoned for another amount of work is not a forecast for this one.
-                    session.measured = 0
-                session.total_pages = total
-            page = update.current_page
-            gained = page - session.current_page
-            state = update.state or RUNNING
-            paced = state == session.state or self._enter(session, state, gained, now)
-            if gained:
-                session.current_page = page
-                pages += gained
-                if gained > 0:
-                    rated += gained
-                    if paced:
-                        session.measure(gained, now)
-            count = update.products_found
-            if count != session.products_found:
-                products += count - session.products_found
-                session.products_found = count
-            count = update.errors_count
-            if count != session.errors_count:
-                errors += count - session.errors_count
-                session.errors_count = count
-            stage = update.stage
-            if stage and stage != session.stage:
-                session.stage = intern(stage)
-            if session.renewable and session.state != STALLED:
-                session.renewable = False
-                self.moved.append(session)
-            offset += 1
-            session.changed = offset
-            if dirty is not None:
-                dirty.add(session.session_id)
-        self._pages += pages
-        self._products += products
-        self._errors += errors
-        if rated:
-            self._rate.add(rated, now)
-        if offset != changes.offset:
-            changes.offset = offset
-            if dirty is not None:
-                changes.stirred.set()
-        return Batch(verdicts, list(commands.values()))
-
-    def _enter(self, session: Session, state: int, gained: int, now: float) -> bool:
-        """Moves a session to the state it reports; returns whether the time since its last page is pace."""
-        if session.state == STALLED:
-            # A report without a page is no progress; leaving on it would only flap.
-            if state == RUNNING and gained <= 0:
-                return False
-            self._set_state(session, state)
-            return True
-        self._set_state(session, state)
-        session.paged = now
-        return False
-
-    def _set_state(self, session: Session, state: int) -> None:
-        self._by_state[session.state] -= 1
-        self._by_state[state] += 1
-        session.state = state
+    def settle(self) -> None:
+        """Brings roll-ups, pace and order up to the reports: to be done before sessions are read directly."""
+        self.live.settle()
 
     def get(self, session_id: str) -> Session:
-        """Returns a live session.
+        """Returns a session, live or finished a short while ago.
 
         Raises:
             SessionNotFound: there is none of that id.
         """
+        self.settle()
         session = self.sessions.get(session_id)
         if session is None:
             raise SessionNotFound(session_id)
         return session
 
     def after(self, session_id: str) -> Iterator[Session]:
-        """Yields the live sessions whose ids come after `session_id`, by id. For use without waiting in between."""
-        if self._sorted_ids is None:
-            # Nearly sorted where ids grow with time, as allocation keys do, which makes this almost linear.
-            self._sorted_ids = sorted(self.sessions)
-        ids = self._sorted_ids
-        for index in range(bisect_right(ids, session_id), len(ids)):
-            yield self.sessions[ids[index]]
+        """Yields the sessions whose ids come after `session_id`, by id. For use without waiting in between."""
+        return self.live.after(session_id)
 
-    def totals(self) -> Totals:
-        """Returns the figures; costs the same for any number of sessions."""
-        return Totals(
-            live=len(self.sessions),
-            by_state={state: self._by_state[state] for state in LIVE_STATES},
-            pages=self._pages,
-            products=self._products,
-            errors=self._errors,
-            pages_per_second=self._rate.per_second(self._clock.monotonic()),
-            results_committed=self.results_committed,
-        )
+    @property
+    def rebuilding(self) -> bool:
+        """Whether sessions may be missing, or known from a checkpoint only, until their workers report them."""
+        return self.live.awaited > 0 or self.store_rebuilding
+
+    @property
+    def results_committed(self) -> int:
+        """Final results since the process started."""
+        return self.live.figures.results_committed
+
+    def totals(self, slot_id: str = "") -> Totals:
+        """Returns the figures of the organization, or of a slot; costs the same for any number of sessions."""
+        self.settle()
+        figures = self.live.slots.get(slot_id, Figures()) if slot_id else self.live.figures
+        return figures.totals(self._clock.monotonic(), rebuilding=self.rebuilding)
 
     def count(self, state: State) -> int:
         """Returns the live sessions of a state."""
-        return self._by_state[state]
+        return self.live.figures.by_state[state]
 
-    def complete(self, session_id: str, pages: int) -> None:
-        """Forgets a session whose result is committed, if it is live, and remembers that it was completed.
+    def command(self, session: Session, kind: CommandKind, message: str, pages_per_minute: float = 0.0) -> bool:
+        """Tells a session's worker something, at once on its stream and with every answer until it is carried out.
+
+        A newer command replaces one that waits, except that nothing replaces a lost lease.
+
+        Returns:
+            Whether it will be told: not when the session is finished or its lease is lost.
+        """
+        if session.finished or session.rarities.lease_refused:
+            return False
+        rarities = session.own_rarities()
+        waiting = rarities.command.number if rarities.command else 0
+        # By the time of day: numbers go on growing after a restart, and those of two replicas do not meet.
+        number = max(waiting + 1, rarities.acknowledged_command + 1, int(self._clock.wall().timestamp() * 1000))
+        if kind == CommandKind.SPEED_LIMIT:
+            rarities.pages_per_minute_limit = pages_per_minute
+        self._tell(session, Command(session.session_id, kind, message, number, pages_per_minute))
+        return True
+
+    def lose_lease(self, session: Session, message: str) -> None:
+        """Makes a session lost whose lease was refused, and tells its worker to stop.
+
+        It is still reported on, so that what becomes of the work can be seen, but stays lost: until it is completed,
+        or registered again with another lease.
+        """
+        session.renewable = False
+        if self.sessions.get(session.session_id) is session and not session.finished:
+            session.own_rarities().lease_refused = True
+            if session.noted:
+                self.settle()
+            self.live.enter(session, LOST, f"lease lost: {message}"[:256], self._clock.monotonic())
+            self._tell(session, Command(session.session_id, CommandKind.LEASE_LOST, message))
+
+    def _tell(self, session: Session, command: Command) -> None:
+        session.own_rarities().command = command
+        self.live.commanded.add(session.session_id)
+        self.live.mark(session)
+        if session.listener is not None:
+            session.listener.tell(command)
+
+    def complete(
+        self,
+        session_id: str,
+        pages: int,
+        state: State = State.COMPLETED,
+        *,
+        products: int | None = None,
+        errors: int | None = None,
+        reason: str = "",
+    ) -> None:
+        """Ends a session whose result is committed, if it is live, and remembers that it was completed.
+
+        Its final state stays to be seen for a while.
 
         Args:
             session_id: Which.
             pages: Its pages by the result; what it had not reported counts for the rate.
+            state: One of `FINAL_STATES`.
+            products: Its products by the result; None for what it reported.
+            errors: Its errors, likewise.
+            reason: Why it ended so.
         """
         now = self._clock.monotonic()
         session = self.sessions.get(session_id)
-        if session is not None:
-            self._rate.add(max(0, pages - session.current_page), now)
-            self._remove(session)
+        if session is not None and not session.finished:
+            self.settle()
+            rate = self.live.figures.rate
+            rate.add(max(0, pages - session.current_page), now)
+            # Whoever commits the result makes it known, whosever session it was.
+            session.owner = ""
+            self.live.finish(session, state, reason or f"its result was recorded: {state.name.lower()}")
+            session.current_page = pages
+            session.products_found = session.products_found if products is None else products
+            session.errors_count = session.errors_count if errors is None else errors
+            # Whoever commits the end owns it, and tells the other replicas.
+            session.owner = ""
+            self.live.mark(session)
+            self._keep_finished(session, now)
+        self._remember(session_id, now)
+
+    def _keep_finished(self, session: Session, now: float) -> None:
+        self._finished.append((now + self._config.finished_seconds, session))
+        if len(self._finished) > self._config.max_per_organization:
+            self._leave(self._finished.popleft()[1])
+
+    def _remember(self, session_id: str, now: float) -> None:
         self._completed[session_id] = now + _COMPLETED_SECONDS
         self._completed.move_to_end(session_id)
         if len(self._completed) > _REMEMBERED_COMPLETED:
             self._completed.popitem(last=False)
+
+    def drop(self, session_id: str) -> None:
+        """Forgets a session at once, without a result."""
+        session = self.sessions.get(session_id)
+        if session is not None:
+            self.live.remove(session)
+
+    def expire(self) -> None:
+        """Lets finished sessions leave whose time is over, and forgets completed ids of long ago."""
+        now = self._clock.monotonic()
+        while self._finished and self._finished[0][0] <= now:
+            self._leave(self._finished.popleft()[1])
+        while self._completed:
+            session_id, until = next(iter(self._completed.items()))
+            if until > now:
+                break
+            del self._completed[session_id]
+
+    def _leave(self, session: Session) -> None:
+        if self.sessions.get(session.session_id) is session:
+            self.live.remove(session)
 
     def mark_silence(self, session: Session) -> bool:
         """Moves a session to stalled or lost, or forgets it, by how long it has been silent.
@@ -269,56 +258,82 @@ class Organization:
         Returns:
             Whether it was forgotten.
         """
-        now = self._clock.monotonic()
-        if self.sessions.get(session.session_id) is not session:
+        if session.finished or session.owner or self.sessions.get(session.session_id) is not session:
             return False
+        if session.noted:
+            self.settle()
+        now = self._clock.monotonic()
         silent = now - session.reported
         if silent >= self._config.lost_after_seconds:
             if session.state != LOST:
-                self._set_state(session, LOST)
-                self.changes.mark(session)
+                self.live.enter(session, LOST, f"no report for {silent:.0f} s", now)
+                self.live.mark(session)
             elif silent >= self._config.lost_after_seconds + self._config.forget_lost_after_seconds:
-                self._remove(session)
+                self.live.remove(session)
                 return True
         elif session.state == RUNNING and now - session.paged >= max(
             # Ten of its own pages: a slow session is not a stalled one.
             self._config.stalled_after_seconds,
             10 * session.interval,
         ):
-            self._set_state(session, STALLED)
-            self.changes.mark(session)
+            pace = f" at {session.interval:.1f} s a page" if session.interval else ""
+            self.live.enter(session, STALLED, f"no page for {now - session.paged:.0f} s{pace}", now)
+            self.live.mark(session)
         return False
 
-    def lose_lease(self, session: Session, message: str) -> None:
-        """Tells a session's worker to stop: at once on its stream, and with every answer to a report of it."""
-        session.lease = None
-        session.renewable = False
-        if self.sessions.get(session.session_id) is session:
-            session.command = LeaseLost(session.session_id, message)
-            if session.listener is not None:
-                session.listener.tell(session.command)
+    def export(self, session: Session) -> Record:
+        """Returns a session whole, as plain values."""
+        if session.noted:
+            self.settle()
+        return self._mirrors.export(session)
 
-    def _remove(self, session: Session) -> None:
-        del self.sessions[session.session_id]
-        self._sorted_ids = None
-        self._by_state[session.state] -= 1
-        self._pages -= session.current_page
-        self._products -= session.products_found
-        self._errors -= session.errors_count
-        self.changes.end(session.session_id)
+    def counters(self, session: Session) -> Counters:
+        """Returns what changes with every report of a session."""
+        if session.noted:
+            self.settle()
+        return self._mirrors.counters(session)
 
-    def _drop_old_completed(self, now: float) -> None:
-        while self._completed:
-            session_id, until = next(iter(self._completed.items()))
-            if until > now:
-                break
-            del self._completed[session_id]
+    def apply_remote(self, record: Record, owner: str) -> bool:
+        """Takes another replica's session; returns whether it was news. See `Mirrors.apply`."""
+        known = self.sessions.get(record.session_id)
+        final = record.counters.state >= COMPLETED
+        if known is None and record.session_id in self._completed:
+            return False
+        was_final = known is not None and known.finished
+        if not self._mirrors.apply(record, owner):
+            return False
+        if final and not was_final:
+            now = self._clock.monotonic()
+            self._keep_finished(self.sessions[record.session_id], now)
+            self._remember(record.session_id, now)
+        return True
+
+    def apply_counters(self, session_id: str, owner: str, counters: Counters) -> bool | None:
+        """Takes the counters of another replica's session. See `Mirrors.apply_counters`."""
+        if counters.state >= COMPLETED:
+            return None
+        return self._mirrors.apply_counters(session_id, owner, counters)
+
+    def restore(self, record: Record) -> bool:
+        """Takes a session from a checkpoint, as lost until it is reported; returns whether it was unknown here."""
+        return record.session_id not in self._completed and self._mirrors.restore(record)
+
+    def take_over(self, session: Session) -> None:
+        """Makes another replica's session this one's: from here on it is judged, renewed and checkpointed here."""
+        if session.owner and not session.finished:
+            session.owner = ""
+            self.live.mark(session)
 
 
 class Organizations:
-    """All organizations that were seen. They are few, and stay as long as the process."""
+    """All organizations that were seen. They are few, and stay as long as the process.
+
+    Attributes:
+        on_new: Called with each organization when it is first seen.
+    """
 
     def __init__(self, config: SessionsConfig, clock: Clock) -> None:
+        self.on_new: list[Callable[[Organization], None]] = []
         self._config = config
         self._clock = clock
         self._known: dict[UUID, Organization] = {}
@@ -328,6 +343,8 @@ class Organizations:
         known = self._known.get(organization_id)
         if known is None:
             known = self._known[organization_id] = Organization(organization_id, self._config, self._clock)
+            for seen in self.on_new:
+                seen(known)
         return known
 
     def __iter__(self) -> Iterator[Organization]:
@@ -336,6 +353,10 @@ class Organizations:
     def count(self, state: State) -> int:
         """Returns the live sessions of a state in all organizations."""
         return sum(organization.count(state) for organization in self)
+
+    def fleet(self) -> Totals:
+        """Returns the figures of all organizations together."""
+        return together(organization.totals() for organization in self)
 
     def wake_watchers(self) -> None:
         """Wakes everyone who waits for a change, so that they see the service drain."""

@@ -3,89 +3,98 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 from muster.session_tracker.v1 import session_pb2
 
 from services.errors import Draining
+from session_tracker.commands import Command
 from session_tracker.messages import command_messages
 from session_tracker.metrics import STREAMS
-from session_tracker.sessions import LeaseLost
-
-# Answers that may wait for a client which does not read them; then its batches are not read either.
-_MAX_ANSWERS = 16
 
 Requests = AsyncIterator[session_pb2.ReportStreamRequest]
+Write = Callable[[session_pb2.ReportStreamResponse], Awaitable[None]]
 Take = Callable[[session_pb2.ReportStreamRequest, "ReportStream"], session_pb2.ReportStreamResponse]
 
 
 class ReportStream:
-    """Reads batches in a task of its own, so that a command does not wait for the next batch.
+    """Reads a batch, takes it, writes the answer, and only then reads the next.
 
-    One wake-up for each batch is all that this costs; waiting for either of two things afresh for each batch would cost
-    a task each.
+    So a client that does not read its answers is not read from, and nothing queues up. Commands are written by a task
+    of their own between two answers; of each session only the newest waits.
+
+    Sessions hold on to the stream that reported them last, so it keeps nothing once it has ended.
     """
 
-    def __init__(self, take: Take) -> None:
-        self._take = take
-        self._answers: deque[session_pb2.ReportStreamResponse] = deque()
-        self._commands: deque[LeaseLost] = deque()
-        self._stirred = asyncio.Event()
-        self._room = asyncio.Event()
-        self._ended = False
-        self._draining = False
+    def __init__(self) -> None:
+        self._commands: dict[str, Command] = {}
+        # The wire takes one message at a time.
+        self._wire = asyncio.Lock()
+        self._write: Write | None = None
+        self._telling: asyncio.Task[None] | None = None
+        self._drained = asyncio.Event()
 
-    def tell(self, command: LeaseLost) -> None:
-        """Sends a command soon. At most one is kept for each session, since a session is told at most once."""
-        if not self._ended:
-            self._commands.append(command)
-            self._stirred.set()
+    def tell(self, command: Command) -> None:
+        """Sends a command soon, instead of an older one of the same session that still waits."""
+        if self._write is not None:
+            self._commands[command.session_id] = command
+            if self._telling is None:
+                self._telling = asyncio.create_task(self._tell(self._write), name="commands of a report stream")
 
     def drain(self) -> None:
-        """Ends the stream, since the service stops; batches that were taken are answered first."""
-        self._draining = True
-        self._stirred.set()
+        """Ends the stream, since the service stops; a batch that was taken is answered first."""
+        self._drained.set()
 
-    async def responses(self, requests: Requests) -> AsyncIterator[session_pb2.ReportStreamResponse]:
-        """Yields the answers until the client has sent all.
+    async def serve(self, requests: Requests, write: Write, take: Take) -> None:
+        """Answers batches until the client has sent all.
+
+        Args:
+            requests: The batches.
+            write: Sends an answer, and returns when there is room for another.
+            take: Takes a batch and returns its answer.
 
         Raises:
             Draining: the service stops.
-            InvalidField: a batch is malformed; those before it stand, and are answered.
+            InvalidField: a batch is malformed; those before it stand, and were answered.
         """
-        reader = asyncio.create_task(self._read(requests), name="report stream")
-        reader.add_done_callback(lambda _: self._stirred.set())
+        self._write = write
+        reader = asyncio.create_task(self._read(requests, write, take), name="report stream")
+        end = asyncio.create_task(self._drained.wait(), name="end of a report stream")
         STREAMS.inc()
         try:
-            while True:
-                self._stirred.clear()
-                done = reader.done()
-                while self._answers:
-                    yield self._answers.popleft()
-                    self._room.set()
-                if self._commands:
-                    commands = command_messages(self._commands)
-                    self._commands.clear()
-                    yield session_pb2.ReportStreamResponse(commands=commands)
-                if done:
-                    reader.result()
-                    return
-                if self._draining:
+            await asyncio.wait({reader, end}, return_when=asyncio.FIRST_COMPLETED)
+            if not reader.done():
+                # Whoever holds the wire is about to answer what was taken.
+                async with self._wire:
                     raise Draining("the service is stopping: open the stream again", retry_after_seconds=1.0)
-                await self._stirred.wait()
+            reader.result()
+            if self._telling is not None:
+                await self._telling
         finally:
-            self._ended = True
+            self._write = None
+            self._commands.clear()
             STREAMS.dec()
-            reader.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await reader
+            tasks = [task for task in (reader, end, self._telling) if task is not None]
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
 
-    async def _read(self, requests: Requests) -> None:
+    async def _read(self, requests: Requests, write: Write, take: Take) -> None:
+        wire = self._wire
         async for request in requests:
-            self._answers.append(self._take(request, self))
-            self._stirred.set()
-            while len(self._answers) >= _MAX_ANSWERS:
-                self._room.clear()
-                await self._room.wait()
+            response = take(request, self)
+            async with wire:
+                await write(response)
+
+    async def _tell(self, write: Write) -> None:
+        try:
+            while self._commands:
+                async with self._wire:
+                    commands = command_messages(self._commands.values())
+                    self._commands.clear()
+                    await write(session_pb2.ReportStreamResponse(commands=commands))
+        finally:
+            self._telling = None

@@ -10,14 +10,19 @@ from typing import Protocol
 from uuid import UUID
 
 from services.coalesce import Coalescer
+from session_tracker.clock import Clock
 from session_tracker.errors import SessionAlreadyCompleted
-from session_tracker.metrics import RESULTS, RESULTS_PENDING
+from session_tracker.metrics import RESULTS, RESULTS_OLDEST, RESULTS_PENDING
 from session_tracker.organizations import Organizations
 from session_tracker.sessions import State
 
 # One statement of so many rows stays below a megabyte even if each carries the largest snapshot of half a page.
 _MAX_BATCH = 256
 _MAX_WAITING = 8192
+# A caller whose commit failed repeats it within seconds; when nobody did for so long, nothing waits any more.
+_REPEATED_SECONDS = 120.0
+# The part of a result's message that a finished session shows as its reason.
+_REASON_CHARACTERS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,8 @@ class Outcome:
         stage: Empty means the last one reported.
         started_at: None means the start on record.
         config_snapshot: Redacted JSON; empty means what the session was started with.
+        slot_id: Empty means what the session was started with.
+        client_id: Likewise.
     """
 
     session_id: str
@@ -41,6 +48,8 @@ class Outcome:
     started_at: datetime | None
     config_snapshot: str
     message: str
+    slot_id: str = ""
+    client_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,8 @@ class RecordedResult:
             == (outcome.state, outcome.total_pages, outcome.products_found, outcome.errors_count, outcome.message)
             and outcome.stage in ("", self.stage)
             and outcome.started_at in (None, self.started_at)
+            and outcome.slot_id in ("", self.slot_id)
+            and outcome.client_id in ("", self.client_id)
             and (
                 not outcome.config_snapshot
                 or json.loads(outcome.config_snapshot) == json.loads(self.config_snapshot or "null")
@@ -115,9 +126,13 @@ class Results:
     same one sent again is answered with what was recorded.
     """
 
-    def __init__(self, organizations: Organizations, store: ResultStore) -> None:
+    def __init__(self, organizations: Organizations, store: ResultStore, clock: Clock) -> None:
         self._organizations = organizations
         self._store = store
+        self._clock = clock
+        self._uncommitted_since: float | None = None
+        self._tried_at = 0.0
+        RESULTS_OLDEST.set_function(self._oldest_seconds)
         self._queue: Coalescer[Result, tuple[RecordedResult, bool]] = Coalescer(
             "session results", self._commit, max_batch=_MAX_BATCH, max_waiting=_MAX_WAITING
         )
@@ -148,8 +163,8 @@ class Results:
             errors_count=outcome.errors_count,
             started_at=started_at,
             config_snapshot=outcome.config_snapshot or (session.config_snapshot if session else ""),
-            slot_id=session.slot_id if session else "",
-            client_id=session.client_id if session else "",
+            slot_id=outcome.slot_id or (session.slot_id if session else ""),
+            client_id=outcome.client_id or (session.client_id if session else ""),
             message=outcome.message,
         )
         RESULTS_PENDING.inc()
@@ -171,11 +186,28 @@ class Results:
         """Waits for what was submitted."""
         await self._queue.close()
 
+    def _oldest_seconds(self) -> float:
+        now = self._clock.monotonic()
+        if self._uncommitted_since is None or now - self._tried_at > _REPEATED_SECONDS:
+            return 0.0
+        return now - self._uncommitted_since
+
     async def _commit(self, results: Sequence[Result]) -> Sequence[tuple[RecordedResult, bool]]:
+        self._tried_at = self._clock.monotonic()
+        if self._uncommitted_since is None:
+            self._uncommitted_since = self._tried_at
         recorded = await self._store.record(results)
+        self._uncommitted_since = None
         # Here and not in `complete`, whose caller may be gone by now.
         for result, fresh in recorded:
             organization = self._organizations.of(result.organization_id)
-            organization.complete(result.session_id, result.total_pages)
-            organization.results_committed += fresh
+            organization.complete(
+                result.session_id,
+                result.total_pages,
+                result.state,
+                products=result.products_found,
+                errors=result.errors_count,
+                reason=result.message[:_REASON_CHARACTERS],
+            )
+            organization.live.figures.results_committed += fresh
         return recorded

@@ -14,7 +14,7 @@ _SLICE_SESSIONS = 2000
 
 
 class Silence:
-    """Marks the stalled and the lost, and drops those lost for long."""
+    """Marks the stalled and the lost, drops those lost for long, and lets finished ones leave."""
 
     def __init__(self, organizations: Organizations) -> None:
         self._organizations = organizations
@@ -28,6 +28,8 @@ class Silence:
     async def look(self) -> None:
         """Looks at every session once."""
         for organization in self._organizations:
+            organization.settle()
+            organization.expire()
             sessions = list(organization.sessions.values())
             for begin in range(0, len(sessions), _SLICE_SESSIONS):
                 for session in sessions[begin : begin + _SLICE_SESSIONS]:

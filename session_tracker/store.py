@@ -75,6 +75,7 @@ class PostgresResults:
         *,
         state: State | None,
         slot_id: str,
+        client_id: str = "",
         not_before: datetime | None,
         before: datetime | None,
         after: tuple[datetime, str] | None,
@@ -86,6 +87,7 @@ class PostgresResults:
             organization_id: Whose.
             state: Only of this state.
             slot_id: Only of this slot; empty for any.
+            client_id: Only of this client; empty for any.
             not_before: Only completed at or after this moment.
             before: Only completed before this moment.
             after: `completed_at` and `session_id` of the last row before the page.
@@ -101,7 +103,9 @@ class PostgresResults:
             limit,
         ]
         if slot_id:
-            rows = await self._database.fetch(_SQL["list_results_of_slot"], *arguments, slot_id)
+            rows = await self._database.fetch(_SQL["list_results_of_slot"], *arguments, slot_id, client_id or None)
+        elif client_id:
+            rows = await self._database.fetch(_SQL["list_results_of_client"], *arguments, client_id)
         else:
             rows = await self._database.fetch(_SQL["list_results"], *arguments)
         return [_recorded(row) for row in rows]

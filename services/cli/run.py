@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,15 @@ def load_service(name: str, config_file: Path | None) -> tuple[ServiceConfig, An
 @click.command()
 @click.argument("service", callback=service_name)
 @config_option
+@click.option("--engine", help="Where the session tracker has its live sessions: memory or redis.")
 @click.pass_context
-def serve(context: click.Context, service: str, config_file: Path | None) -> None:
+def serve(context: click.Context, service: str, config_file: Path | None, engine: str | None) -> None:
     """Run one SERVICE until SIGTERM: allocator, persona-store, session-tracker or archiver."""
+    if engine is not None:
+        if service != "session_tracker":
+            raise click.BadOptionUsage("engine", f"{service} has no engines to choose from")
+        # As its variable, which wins over the file and is checked like any other setting.
+        os.environ["MUSTER_SESSION_TRACKER__ENGINE__KIND"] = engine
     config, bind = load_service(service, config_file)
     try:
         code = chassis.run(service, config, bind)

@@ -6,12 +6,13 @@ from typing import Any
 
 import grpc
 import pytest
-from muster import Client, Job, Worker
+from muster import CheckpointPolicy, Client, Job, Worker
 from muster.session_tracker.v1 import session_pb2
 
 from tests.support.house import (
     COMPLETE,
     IDLE,
+    RELEASE,
     RENEW,
     REPORT,
     START,
@@ -148,7 +149,7 @@ async def test_progress_never_waits_for_a_tracker_that_hangs_and_keeps_only_the_
     assert going.is_set()
     later = [update for batch in house.calls[REPORT][1:] for update in batch.updates]
     assert later[0].current_page == 50_000
-    assert later[0].sequence == 50_001
+    assert later[0].sequence > 50_000
 
 
 async def test_the_crawl_goes_on_without_a_tracker_and_it_catches_up(house: House, client: Client) -> None:
@@ -186,9 +187,9 @@ async def test_a_session_the_tracker_forgot_is_registered_again_with_its_numbers
 
     async def forgetful(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
         async for batch in batches:
-            forgotten = len(house.calls[REPORT]) == 2
-            names = [update.session_id for update in batch.updates]
-            yield session_pb2.ReportStreamResponse(batch=batch.batch, unknown_sessions=names if forgotten else [])
+            forgotten = house.calls[START][:1] if len(house.calls[REPORT]) == 2 else []
+            names = [start.session_id for start in forgotten]
+            yield session_pb2.ReportStreamResponse(batch=batch.batch, unknown_sessions=names)
 
     house.on(REPORT, forgetful)
 
@@ -203,7 +204,8 @@ async def test_a_session_the_tracker_forgot_is_registered_again_with_its_numbers
 
     await run(client, body)
     again = house.calls[START][1].progress
-    assert (again.current_page, again.total_pages, again.products_found, again.sequence) == (2, 9, 4, 2)
+    assert (again.current_page, again.total_pages, again.products_found) == (2, 9, 4)
+    assert again.sequence == house.calls[REPORT][1].packed.sequence[0]
 
 
 async def test_after_a_broken_stream_the_latest_state_is_reported_again(house: House, client: Client) -> None:
@@ -237,3 +239,38 @@ async def test_a_session_that_is_refused_is_not_followed_and_the_work_goes_on(ho
     await run(client, body)
     assert len(house.results()) == 1
     assert not house.calls[REPORT]
+
+
+async def test_a_job_is_paused_and_stopped_by_its_session(house: House) -> None:
+    one = unit()
+    house.work(one)
+
+    def told(kind: session_pb2.CommandKind.ValueType, number: int) -> session_pb2.ReportStreamResponse:
+        command = session_pb2.SessionCommand(session_id=one.allocation_key, kind=kind, number=number, message="enough")
+        return session_pb2.ReportStreamResponse(commands=[command])
+
+    async def commanding(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
+        async for batch in batches:
+            yield session_pb2.ReportStreamResponse(batch=batch.batch, taken=1)
+            if any(update.acknowledged_command for update in batch.updates):
+                yield told(session_pb2.COMMAND_KIND_STOP, 2)
+            else:
+                yield told(session_pb2.COMMAND_KIND_PAUSE, 1)
+
+    house.on(REPORT, commanding)
+    async with client_of(house) as client:
+        policy = CheckpointPolicy(every_pages=7)
+        async with Worker(client, client_id="pc-1", checkpoint=policy) as worker, asyncio.timeout(10):
+            async for job in worker.jobs(stop_when_idle=IDLE):
+                async with job:
+                    job.progress(1, stage="list")
+                    while not job.session.paused:
+                        await asyncio.sleep(0)
+                    assert not await job.session.permit()
+    reported = [update for batch in house.calls[REPORT] for update in batch.updates]
+    assert reported[-1].stage == "list"
+    assert session_pb2.SESSION_STATE_PAUSED in {update.state for update in reported}
+    assert house.calls[START][0].checkpoint.every_pages == 7
+    assert house.calls[RELEASE][0].leases[0].allocation_key == one.allocation_key
+    (end,) = house.calls[COMPLETE]
+    assert end.state == session_pb2.SESSION_STATE_STOPPED

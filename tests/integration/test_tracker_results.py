@@ -124,7 +124,7 @@ async def test_a_result_is_the_one_row_that_stays(tracker: Tracker) -> None:
     assert result.execution_time.ToTimedelta().total_seconds() == pytest.approx(row["execution_time_seconds"])
     assert row["organization_id"] == await tracker.service.organization_id()
     assert await tracker.live() == 0
-    assert await tracker.report("run", 2, 11) == [pb.UPDATE_VERDICT_UNKNOWN_SESSION]
+    assert await tracker.report("run", 2, 11) == [pb.UPDATE_VERDICT_STALE], "it is still seen in its final state"
     error = await refused(tracker.start("run"))
     assert (error.code(), details(error)) == (grpc.StatusCode.ALREADY_EXISTS, ("SESSION_ALREADY_COMPLETED", False))
 
@@ -250,8 +250,9 @@ async def test_pages_of_results_are_read_from_their_index(tracker: Tracker) -> N
         await connection.execute("SET search_path = session_tracker; SET plan_cache_mode = force_generic_plan")
         await connection.execute(
             "INSERT INTO crawling_results (organization_id, session_id, status, total_pages, products_found,"
-            " errors_count, started_at, completed_at, execution_time_seconds, slot_id)"
-            " SELECT $1::uuid, 's' || n, 'completed', 1, 1, 0, now(), now() - n * interval '1 s', 1, 'slot' || n % 50"
+            " errors_count, started_at, completed_at, execution_time_seconds, slot_id, client_id)"
+            " SELECT $1::uuid, 's' || n, 'completed', 1, 1, 0, now(), now() - n * interval '1 s', 1, 'slot' || n % 50,"
+            " 'client' || n % 50"
             " FROM generate_series(1, 20000) AS n",
             await tracker.service.organization_id(),
         )
@@ -261,7 +262,8 @@ async def test_pages_of_results_are_read_from_their_index(tracker: Tracker) -> N
         values = f"'{await tracker.service.organization_id()}', NULL, NULL, NULL, now() - interval '1 h', 's9', 101"
         for name, more_types, more_values, index in (
             ("list_results", "", "", "crawling_results_newest"),
-            ("list_results_of_slot", ", text", ", 'slot7'", "crawling_results_of_slot"),
+            ("list_results_of_slot", ", text, text", ", 'slot7', NULL", "crawling_results_of_slot"),
+            ("list_results_of_client", ", text", ", 'client7'", "crawling_results_of_client"),
         ):
             await connection.execute(f"PREPARE {name} ({types}{more_types}) AS {statements[name]}")
             rows = await connection.fetch(f"EXPLAIN (ANALYZE, COSTS OFF) EXECUTE {name} ({values}{more_values})")

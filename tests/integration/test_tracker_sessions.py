@@ -250,6 +250,9 @@ async def test_a_restart_is_healed_by_the_next_report(tracker: Tracker, start_se
     assert list((await restarted.report(newest)).verdicts) == [pb.UPDATE_VERDICT_STALE]
     after = await restarted.get("run")
     after.updated_at.CopyFrom(before.updated_at)
+    after.state_since.CopyFrom(before.state_since)
+    assert (before.reason, after.reason) == ("reported running", "registered again")
+    after.reason = before.reason
     assert after == before
 
 

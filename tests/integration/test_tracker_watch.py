@@ -2,95 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
-from uuid import UUID
-
 import grpc
 import pytest
-from google.protobuf.duration_pb2 import Duration
 from muster.session_tracker.v1 import session_pb2 as pb
-from muster.session_tracker.v1 import session_pb2_grpc
 
 from services.call import Role
-from session_tracker.clock import Clock
-from session_tracker.config import SessionsConfig
-from session_tracker.organizations import Organizations
-from session_tracker.sessions import Registration
-from session_tracker.watching import Filter, Watch
 from tests.support.services import RunningService, StartService
-
-Metadata = tuple[tuple[str, str], ...]
-AT_ONCE = Duration(seconds=0)
-
-
-class Console:
-    """Holds what a watcher holds: it applies every answer, and knows where it stands."""
-
-    def __init__(self, service: RunningService, metadata: Metadata, *, channel: Any = None, **filter: Any) -> None:
-        self._watch = session_pb2_grpc.WatchServiceStub(channel or service.channel)
-        self._metadata = metadata
-        self._filter = pb.SessionFilter(**filter)
-        self.held: dict[str, pb.Session] = {}
-        self.epoch, self.offset = "", 0
-        self.answers: list[pb.WatchSessionsResponse] = []
-        self._call: Any = None
-
-    def open(self) -> None:
-        request = pb.WatchSessionsRequest(filter=self._filter, epoch=self.epoch, offset=self.offset, interval=AT_ONCE)
-        self._call = self._watch.WatchSessions(request, metadata=self._metadata)
-
-    async def read(self) -> pb.WatchSessionsResponse:
-        async with asyncio.timeout(10):
-            answer: pb.WatchSessionsResponse = await self._call.read()
-        if answer.snapshot:
-            self.held.clear()
-        for session in answer.sessions:
-            self.held[session.session_id] = session
-        for session_id in answer.removed:
-            self.held.pop(session_id, None)
-        self.epoch, self.offset = answer.epoch, answer.offset
-        self.answers.append(answer)
-        return answer
-
-    async def read_until(self, done: Any) -> None:
-        while not done(self.held):
-            await self.read()
-
-    def close(self) -> None:
-        self._call.cancel()
-
-
-class Worker:
-    """Starts, reports and completes sessions."""
-
-    def __init__(self, service: RunningService, metadata: Metadata) -> None:
-        self._stub = session_pb2_grpc.SessionServiceStub(service.channel)
-        self._metadata = metadata
-        self._sequence = 0
-
-    async def start(self, *session_ids: str, **fields: Any) -> None:
-        for session_id in session_ids:
-            await self._stub.StartSession(
-                pb.StartSessionRequest(session_id=session_id, **fields), metadata=self._metadata
-            )
-
-    async def page(self, *session_ids: str, page: int, **fields: Any) -> None:
-        self._sequence += 1
-        updates = [
-            pb.ProgressUpdate(session_id=name, sequence=self._sequence, current_page=page, **fields)
-            for name in session_ids
-        ]
-        await self._stub.ReportProgress(pb.ReportProgressRequest(updates=updates), metadata=self._metadata)
-
-    async def complete(self, session_id: str) -> None:
-        request = pb.CompleteSessionRequest(session_id=session_id, state=pb.SESSION_STATE_COMPLETED)
-        await self._stub.CompleteSession(request, metadata=self._metadata)
+from tests.support.watchers import Console, Worker
 
 
 @pytest.fixture
 async def service(start_service: StartService) -> RunningService:
-    return await start_service("session_tracker")
+    # Finished sessions leave soon: a test waits for one.
+    return await start_service("session_tracker", sessions={"finished_seconds": 1.0})
 
 
 async def test_a_snapshot_comes_first_and_then_every_change(service: RunningService) -> None:
@@ -106,6 +30,7 @@ async def test_a_snapshot_comes_first_and_then_every_change(service: RunningServ
     await worker.start("c")
     await console.read_until(lambda held: "c" in held)
     await worker.complete("b")
+    await console.read_until(lambda held: held["b"].state == pb.SESSION_STATE_COMPLETED)
     await console.read_until(lambda held: "b" not in held)
     assert not any(answer.snapshot for answer in console.answers[1:])
     offsets = [answer.offset for answer in console.answers]
@@ -129,9 +54,9 @@ async def test_a_large_snapshot_comes_in_pieces_and_only_the_last_can_be_resumed
     console.open()
     while len(console.held) < len(names):
         await console.read()
-    assert [len(answer.sessions) for answer in console.answers] == [500, 500, 201]
-    assert [answer.snapshot for answer in console.answers] == [True, False, False]
-    assert [answer.offset for answer in console.answers] == [0, 0, 1201]
+    assert [len(answer.sessions) for answer in console.answers] == [250, 250, 250, 250, 201]
+    assert [answer.snapshot for answer in console.answers] == [True, False, False, False, False]
+    assert [answer.offset for answer in console.answers] == [0, 0, 0, 0, 1201]
     console.close()
     # Cut off after the first piece, a watcher misses nothing when it comes back.
     console.held = {session.session_id: session for session in console.answers[0].sessions}
@@ -153,8 +78,8 @@ async def test_a_watcher_goes_on_where_it_left_off(service: RunningService) -> N
     console.open()
     answer = await console.read()
     assert not answer.snapshot
-    assert ([session.session_id for session in answer.sessions], list(answer.removed)) == (["a"], ["b"])
-    assert set(console.held) == {"a", "c"}
+    assert {session.session_id for session in answer.sessions} == {"a", "b"}
+    assert (console.held["a"].current_page, console.held["b"].state) == (9, pb.SESSION_STATE_COMPLETED)
     console.close()
     console.open()
     answer = await console.read()
@@ -240,21 +165,74 @@ async def test_a_slow_watcher_gets_the_latest_and_holds_nobody_up(service: Runni
     await narrow.close()
 
 
-async def test_between_two_answers_a_watcher_holds_one_entry_per_session() -> None:
-    organizations = Organizations(SessionsConfig(), Clock())
-    organization = organizations.of(UUID(int=1))
-    for name in ("a", "b"):
-        organization.start(Registration(name))
-    watch = Watch(organization, Filter(), 0.0, asyncio.Event())
-    pieces = watch.pieces("", 0)
-    assert (await anext(pieces)).snapshot
-    for sequence in range(1, 1001):
-        organization.report([pb.ProgressUpdate(session_id="a", sequence=sequence, current_page=sequence)])
-    organization.complete("b", 0)
-    assert len(organization.changes.dirty) == 2
-    piece = await anext(pieces)
-    assert [session.current_page for session in piece.sessions] == [1000]
-    assert piece.removed == ["b"]
-    assert piece.offset == organization.changes.offset
-    await pieces.aclose()  # type: ignore[attr-defined]
-    assert not organization.changes.watched
+async def test_a_finished_session_is_shown_in_its_final_state_and_later_removed(service: RunningService) -> None:
+    metadata = await service.metadata(Role.WORKER)
+    worker = Worker(service, metadata)
+    finished = Console(service, metadata, states=[pb.SESSION_STATE_COMPLETED])
+    await worker.start("a", "b")
+    finished.open()
+    await finished.read()
+    assert not finished.held
+    await worker.complete("a", message="all pages done", total_pages=7)
+    await finished.read_until(lambda held: "a" in held)
+    assert (finished.held["a"].current_page, finished.held["a"].reason) == (7, "all pages done")
+    await finished.read_until(lambda held: not held)
+    finished.close()
+
+
+async def test_an_interval_merges_what_happens_in_between(service: RunningService) -> None:
+    metadata = await service.metadata(Role.WORKER)
+    worker, console = Worker(service, metadata), Console(service, metadata, interval_seconds=0.5)
+    await worker.start("a")
+    console.open()
+    await console.read()
+    for page in range(1, 51):
+        await worker.page("a", page=page)
+    await console.read_until(lambda held: held["a"].current_page == 50)
+    assert len(console.answers) <= 3
+    console.close()
+
+
+async def test_a_service_watches_for_the_organization_it_names(service: RunningService) -> None:
+    worker_key = await service.metadata(Role.WORKER)
+    await Worker(service, worker_key).start("mine")
+    named = (
+        *await service.metadata(Role.SERVICE, "suite"),
+        ("muster-organization", str(await service.organization_id())),
+    )
+    console = Console(service, named)
+    console.open()
+    await console.read()
+    assert set(console.held) == {"mine"}
+    console.close()
+
+
+async def test_without_a_key_nothing_is_watched(service: RunningService) -> None:
+    console = Console(service, ())
+    console.open()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await console.read()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    # A worker does not choose whose sessions it sees, whatever it names.
+    theirs = await service.organization_id("umbrella")
+    metadata = (*await service.metadata(Role.WORKER), ("muster-organization", str(theirs)))
+    await Worker(service, await service.metadata(Role.WORKER, "umbrella")).start("theirs")
+    console = Console(service, metadata)
+    console.open()
+    await console.read()
+    assert not console.held
+    console.close()
+
+
+async def test_a_service_that_drains_ends_its_watches(start_service: StartService) -> None:
+    service = await start_service("session_tracker")
+    metadata = await service.metadata(Role.WORKER)
+    consoles = [Console(service, metadata), Console(service, metadata, interval_seconds=30.0)]
+    for console in consoles:
+        console.open()
+        await console.read()
+    service.chassis.draining.set()
+    for console in consoles:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await console.read()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -119,8 +119,11 @@ class House(ScriptedServer):
     @staticmethod
     def report(*, unknown: bool = False, lost: bool = False) -> Callable[..., Any]:
         async def answer(batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
+            known: list[str] = []
             async for batch in batches:
+                known += batch.names
                 names = [update.session_id for update in batch.updates]
+                names += [known[handle] for handle in batch.packed.handle]
                 commands = [
                     session_pb2.SessionCommand(
                         session_id=name, kind=session_pb2.COMMAND_KIND_LEASE_LOST, message="expired"

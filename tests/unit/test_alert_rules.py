@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 import allocator.app  # noqa: F401  (registers the allocator's metrics)
+import session_tracker.metrics  # noqa: F401
 from services.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +117,10 @@ def _spellings(parameter: click.Parameter) -> list[str]:
 
 
 def test_the_rules_ask_for_metrics_that_there_are() -> None:
-    exported = {name for metric in REGISTRY.collect() for name in (metric.name, f"{metric.name}_total")}
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
+    exported = {
+        f"{metric.name}{suffix}" for metric in REGISTRY.collect() for suffix in suffixes.get(metric.type, ("",))
+    }
     for file in RULES:
         expressions = re.sub(r"(?m)^\s*#.*$|summary:.*$", "", file.read_text())
         asked = set(re.findall(r"\bmuster_\w+", expressions))

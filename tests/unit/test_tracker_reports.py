@@ -1,4 +1,4 @@
-"""One report stream: bounded both ways, and commands in between."""
+"""One report stream: answers in step, and commands in between."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from muster.session_tracker.v1 import session_pb2 as pb
 
 from services.errors import Draining
+from session_tracker.commands import Command, CommandKind
 from session_tracker.reports import ReportStream
-from session_tracker.sessions import LeaseLost
 
 
 def answer(request: pb.ReportStreamRequest, _: ReportStream) -> pb.ReportStreamResponse:
@@ -18,10 +18,11 @@ def answer(request: pb.ReportStreamRequest, _: ReportStream) -> pb.ReportStreamR
 
 
 class Client:
-    """Sends batches without end and says how many were read."""
+    """Sends batches without end, says how many were read, and takes answers while it has room for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 1000) -> None:
         self.read = 0
+        self.answers: asyncio.Queue[pb.ReportStreamResponse] = asyncio.Queue(room)
 
     async def batches(self) -> AsyncIterator[pb.ReportStreamRequest]:
         while True:
@@ -30,60 +31,74 @@ class Client:
             # A chance for everyone else, as waiting for the wire is.
             await asyncio.sleep(0)
 
+    async def next(self) -> pb.ReportStreamResponse:
+        async with asyncio.timeout(5):
+            return await self.answers.get()
+
 
 async def test_a_client_that_does_not_read_its_answers_is_not_read_from() -> None:
-    client = Client()
-    responses = ReportStream(answer).responses(client.batches())
-    assert (await anext(responses)).batch == 1
+    client = Client(room=2)
+    serving = asyncio.ensure_future(ReportStream().serve(client.batches(), client.answers.put, answer))
+    assert (await client.next()).batch == 1
     for _ in range(1000):
         await asyncio.sleep(0)
-    assert client.read <= 18, "16 answers wait, and reading has stopped"
+    assert client.read <= 4, "two answers wait and one is on its way: reading has stopped"
     for batch in range(2, 200):
-        assert (await anext(responses)).batch == batch
-    await responses.aclose()  # type: ignore[attr-defined]
+        assert (await client.next()).batch == batch
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
 
 
-async def test_a_command_does_not_wait_for_the_next_batch() -> None:
+async def test_a_command_does_not_wait_for_the_next_batch_and_the_newest_is_told() -> None:
     silent = asyncio.Event()
 
     async def batches() -> AsyncIterator[pb.ReportStreamRequest]:
         yield pb.ReportStreamRequest(batch=1)
         await silent.wait()
 
-    stream = ReportStream(answer)
-    responses = stream.responses(batches())
-    assert (await anext(responses)).batch == 1
-    waiting = asyncio.ensure_future(anext(responses))
-    await asyncio.sleep(0)
-    stream.tell(LeaseLost("s", "expired"))
-    async with asyncio.timeout(5):
-        told = await waiting
-    assert (told.batch, told.commands[0].session_id) == (0, "s")
-    assert told.commands[0].kind == pb.COMMAND_KIND_LEASE_LOST
+    client = Client()
+    stream = ReportStream()
+    serving = asyncio.ensure_future(stream.serve(batches(), client.answers.put, answer))
+    assert (await client.next()).batch == 1
+    stream.tell(Command("s", CommandKind.PAUSE, "", 1))
+    stream.tell(Command("s", CommandKind.SPEED_LIMIT, "slower", 2, 12.5))
+    stream.tell(Command("t", CommandKind.LEASE_LOST, "expired"))
+    told = await client.next()
+    assert (told.batch, len(told.commands)) == (0, 2)
+    assert told.commands[0] == pb.SessionCommand(
+        session_id="s", kind=pb.COMMAND_KIND_SPEED_LIMIT, message="slower", number=2, pages_per_minute=12.5
+    )
+    assert (told.commands[1].session_id, told.commands[1].kind) == ("t", pb.COMMAND_KIND_LEASE_LOST)
     silent.set()
-    with pytest.raises(StopAsyncIteration):
-        await anext(responses)
-    stream.tell(LeaseLost("s", "too late, and harmless"))
+    await serving
+    stream.tell(Command("s", CommandKind.STOP, "too late, and harmless", 3))
+    assert client.answers.empty()
 
 
 async def test_what_was_taken_before_the_drain_is_answered() -> None:
+    taken = []
+
+    def take(request: pb.ReportStreamRequest, stream: ReportStream) -> pb.ReportStreamResponse:
+        taken.append(request.batch)
+        if request.batch == 5:
+            stream.drain()
+        return answer(request, stream)
+
     client = Client()
-    stream = ReportStream(answer)
-    responses = stream.responses(client.batches())
-    assert (await anext(responses)).batch == 1
-    stream.drain()
-    taken = client.read
-    for batch in range(2, taken + 1):
-        assert (await anext(responses)).batch == batch
     with pytest.raises(Draining):
-        await anext(responses)
+        await ReportStream().serve(client.batches(), client.answers.put, take)
+    assert [client.answers.get_nowait().batch for _ in range(client.answers.qsize())] == taken
 
 
 async def test_a_client_that_breaks_off_ends_the_reader() -> None:
     client = Client()
-    responses = ReportStream(answer).responses(client.batches())
-    await anext(responses)
-    await responses.aclose()  # type: ignore[attr-defined]
+    stream = ReportStream()
+    serving = asyncio.ensure_future(stream.serve(client.batches(), client.answers.put, answer))
+    await client.next()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
     read = client.read
     for _ in range(100):
         await asyncio.sleep(0)

@@ -12,12 +12,14 @@ import pytest
 from muster.session_tracker.v1 import session_pb2
 
 from session_tracker import changes as changes_module
+from session_tracker import eta
 from session_tracker.clock import Clock
+from session_tracker.commands import Command, CommandKind
 from session_tracker.config import SessionsConfig
 from session_tracker.errors import SessionAlreadyCompleted, SessionLimitReached, SessionNotFound
 from session_tracker.organizations import STALE, TAKEN, UNKNOWN, Organization, Organizations
 from session_tracker.rate import Rate
-from session_tracker.sessions import Lease, LeaseLost, Registration, Session, State
+from session_tracker.sessions import Lease, Registration, Session, State
 from session_tracker.silence import Silence
 
 ORGANIZATION = UUID(int=1)
@@ -44,6 +46,15 @@ class Report:
     total_pages: int = 0
     products_found: int = 0
     errors_count: int = 0
+    reason: str = ""
+    errors_by_class: tuple[Any, ...] = ()
+    last_errors: tuple[Any, ...] = ()
+    acknowledged_command: int = 0
+
+
+def remaining(session: Session, now: float) -> float | None:
+    forecast = eta.forecast(session, now)
+    return None if forecast is None else forecast.seconds
 
 
 def organization(hands: Hands, **settings: Any) -> Organization:
@@ -52,6 +63,16 @@ def organization(hands: Hands, **settings: Any) -> Organization:
 
 def state(session: Session) -> State:
     return State(session.state)
+
+
+class Stream:
+    """A report stream that notes what it is told."""
+
+    def __init__(self, told: list[Command]) -> None:
+        self._told = told
+
+    def tell(self, command: Command) -> None:
+        self._told.append(command)
 
 
 def test_states_and_verdicts_are_numbered_as_in_the_contract() -> None:
@@ -163,10 +184,10 @@ def test_a_pause_is_not_a_stall_and_does_not_count_as_pace() -> None:
     hands.seconds += 100
     tracker.mark_silence(session)
     assert state(session) is State.PAUSED
-    assert session.remaining_seconds(hands.seconds) is None
+    assert remaining(session, hands.seconds) is None
     tracker.report([Report(sequence=6, current_page=4, total_pages=10)])
     assert session.interval == pytest.approx(2.0)
-    assert session.remaining_seconds(hands.seconds) == pytest.approx(12.0)
+    assert remaining(session, hands.seconds) == pytest.approx(12.0)
 
 
 async def test_a_silent_session_is_lost_comes_back_by_a_report_and_is_forgotten_in_the_end() -> None:
@@ -207,7 +228,8 @@ def test_the_eta_needs_a_total_and_three_pages_and_begins_anew_with_another_tota
         sequence += 1
         hands.seconds += 4
         tracker.report([Report(sequence=sequence, current_page=number, total_pages=total)])
-        return session.remaining_seconds(hands.seconds)
+        tracker.settle()
+        return remaining(session, hands.seconds)
 
     assert [page(number, 0) for number in range(1, 6)] == [None] * 5, "total unknown"
     assert page(6, 20) == pytest.approx(14 * 4)
@@ -215,7 +237,7 @@ def test_the_eta_needs_a_total_and_three_pages_and_begins_anew_with_another_tota
     assert [page(8, 40), page(9, 40)] == [None, None], "another total"
     assert page(10, 40) == pytest.approx(30 * 4)
     hands.seconds += 1000
-    assert session.remaining_seconds(hands.seconds) == 0.0, "never in the past"
+    assert remaining(session, hands.seconds) == 0.0, "never in the past"
     assert page(41, 40) == 0.0, "more pages than were foreseen"
 
 
@@ -229,9 +251,11 @@ def test_the_pace_follows_the_last_pages() -> None:
             sequence += 1
             hands.seconds += seconds
             tracker.report([Report(sequence=sequence, current_page=sequence)])
+        tracker.settle()
         assert session.interval == pytest.approx(seconds, rel=0.02)
     hands.seconds += 30
     tracker.report([Report(sequence=sequence + 1, current_page=sequence + 10)])
+    tracker.settle()
     assert session.interval == pytest.approx(3.0, rel=0.02), "ten pages reported at once took 3 s each"
 
 
@@ -258,32 +282,84 @@ def test_limits_and_completed_ids() -> None:
     tracker.complete("a", 3)
     with pytest.raises(SessionAlreadyCompleted):
         tracker.start(Registration("a"))
+    assert tracker.get("a").state == State.COMPLETED, "to be seen for a while"
+    hands.seconds += 9
+    assert tracker.totals().pages_per_second == pytest.approx(0.3), "finished sessions count for the rate"
+    hands.seconds += 51
+    tracker.expire()
     with pytest.raises(SessionNotFound):
         tracker.get("a")
-    assert tracker.totals().pages_per_second == pytest.approx(0.3), "finished sessions count for the rate"
-    hands.seconds += 600
+    with pytest.raises(SessionAlreadyCompleted):
+        tracker.start(Registration("a"))
+    hands.seconds += 540
     tracker.start(Registration("a"))
+
+
+def test_finished_sessions_leave_room_for_others_and_show_how_they_ended() -> None:
+    hands = Hands()
+    tracker = organization(hands, max_per_organization=1, finished_seconds=5)
+    tracker.start(Registration("a", slot_id="slot"))
+    tracker.report([Report("a", sequence=1, current_page=2)])
+    tracker.complete("a", 3, State.FAILED, products=7, errors=1, reason="the site is gone")
+    ended = tracker.get("a")
+    assert (state(ended), ended.reason, ended.products_found) == (State.FAILED, "the site is gone", 7)
+    assert tracker.report([Report("a", sequence=2, current_page=9)]).verdicts == [STALE], "known, and over"
+    assert ended.current_page == 3
+    tracker.start(Registration("b"))
+    assert tracker.totals().live == 1
+    assert tracker.totals().pages == 0
+    hands.seconds += 5
+    tracker.expire()
+    assert set(tracker.sessions) == {"b"}
+    assert tracker.report([Report("a", sequence=3)]).verdicts == [UNKNOWN]
+
+
+def test_commands_are_numbered_upwards_and_the_newest_stands() -> None:
+    hands = Hands()
+    tracker = organization(hands)
+    session = tracker.start(Registration("s"))
+    tracker.command(session, CommandKind.PAUSE, "")
+    tracker.command(session, CommandKind.RESUME, "")
+    (resume,) = tracker.report([Report(sequence=1)]).commands
+    assert resume.kind == CommandKind.RESUME
+    assert tracker.report([Report(sequence=2, acknowledged_command=resume.number)]).commands == []
+    tracker.command(session, CommandKind.STOP, "")
+    assert session.command is not None
+    assert session.command.number > resume.number
+    after = organization(hands)
+    again = Report(sequence=3, acknowledged_command=session.command.number + 10**9)
+    restarted = after.start(Registration("s", progress=again))
+    after.command(restarted, CommandKind.PAUSE, "")
+    assert [command.kind for command in after.report([Report(sequence=4)]).commands] == [CommandKind.PAUSE], (
+        "above what the worker carried out before the restart"
+    )
 
 
 def test_leases_are_due_once_a_round_and_a_lost_one_is_told_until_the_end() -> None:
     hands = Hands()
     tracker = organization(hands)
-    told: list[LeaseLost] = []
-
-    class Stream:
-        def tell(self, command: LeaseLost) -> None:
-            told.append(command)
-
+    told: list[Command] = []
+    stream = Stream(told)
     session = tracker.start(Registration("s", lease=Lease(str(uuid4()), b"t" * 16)))
     tracker.start(Registration("without"))
-    assert tracker.moved == []
-    tracker.report([Report(sequence=1), Report("without", sequence=1)], Stream())
-    tracker.report([Report(sequence=2)], Stream())
-    assert tracker.moved == [session]
+    assert tracker.live.moved == []
+    tracker.report([Report(sequence=1), Report("without", sequence=1)], stream)
+    tracker.report([Report(sequence=2)], stream)
+    tracker.settle()
+    assert tracker.live.moved == [session]
     tracker.lose_lease(session, "LEASE_LOST: expired")
-    assert told == [LeaseLost("s", "LEASE_LOST: expired")]
+    assert told == [Command("s", CommandKind.LEASE_LOST, "LEASE_LOST: expired")]
     assert tracker.report([Report(sequence=3), Report(sequence=4)]).commands == told
     assert tracker.report([Report(sequence=4)]).commands == told, "also with a stale report"
+    assert (state(session), session.reason) == (State.LOST, "lease lost: LEASE_LOST: expired")
+    tracker.report([Report(sequence=5, state=State.PAUSED, current_page=3)])
+    assert (state(session), session.current_page) == (State.LOST, 3), "reported on, and lost all the same"
+    assert not tracker.command(session, CommandKind.RESUME, ""), "nothing replaces a lost lease"
+    assert tracker.live.moved == [session], "nor is it renewed"
+    tracker.start(Registration("s", lease=Lease(str(uuid4()), b"u" * 16), progress=Report(sequence=6)))
+    assert state(session) is State.RUNNING, "another lease brings it back"
+    assert not tracker.report([Report(sequence=7)]).commands
+    assert tracker.live.moved == [session, session]
 
 
 def test_a_stalled_session_does_not_renew_its_lease() -> None:
@@ -291,15 +367,18 @@ def test_a_stalled_session_does_not_renew_its_lease() -> None:
     tracker = organization(hands)
     session = tracker.start(Registration("s", lease=Lease(str(uuid4()), b"t" * 16)))
     tracker.report([Report(sequence=1)])
-    tracker.moved.clear()
+    tracker.settle()
+    tracker.live.moved.clear()
     session.renewable = True
     hands.seconds += 31
     tracker.mark_silence(session)
     assert state(session) is State.STALLED
     tracker.report([Report(sequence=2)])
-    assert tracker.moved == []
+    tracker.settle()
+    assert tracker.live.moved == []
     tracker.report([Report(sequence=3, current_page=1)])
-    assert tracker.moved == [session]
+    tracker.settle()
+    assert tracker.live.moved == [session]
 
 
 def test_changes_after_an_offset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,14 +388,16 @@ def test_changes_after_an_offset(monkeypatch: pytest.MonkeyPatch) -> None:
         tracker.start(Registration(name))
     known = tracker.changes.offset
     assert tracker.changes.after(known, tracker.sessions.values()) == set()
-    tracker.report([Report("a", sequence=1), Report("b", sequence=1), Report("a", sequence=2)])
-    tracker.complete("c", 0)
-    assert tracker.changes.offset == known + 4
+    tracker.report([Report("a", sequence=1), Report("b", sequence=1)])
+    tracker.report([Report("a", sequence=2), Report("a", sequence=3)])
+    tracker.drop("c")
+    tracker.settle()
+    assert tracker.changes.offset == known + 4, "reports of counters that come together are one change"
     assert tracker.changes.after(known, tracker.sessions.values()) == {"a", "b", "c"}
     assert tracker.changes.after(known + 4, tracker.sessions.values()) == set()
     assert tracker.changes.after(known + 5, tracker.sessions.values()) is None, "not of this memory"
     for name in "def":
-        tracker.complete(name, 0)
+        tracker.drop(name)
     # Of four ends three are remembered: whoever has not seen the first cannot go on.
     assert tracker.changes.after(known + 4, tracker.sessions.values()) == {"d", "e", "f"}
 
@@ -326,8 +407,11 @@ def test_ids_are_listed_in_order_and_continue_after_any_id() -> None:
     for name in ("m", "c", "x", "a"):
         tracker.start(Registration(name))
     assert [session.session_id for session in tracker.after("")] == ["a", "c", "m", "x"]
-    tracker.complete("c", 0)
+    tracker.drop("c")
     assert [session.session_id for session in tracker.after("b")] == ["m", "x"]
+    tracker.start(Registration("c"))
+    tracker.start(Registration("n"))
+    assert [session.session_id for session in tracker.after("b")] == ["c", "m", "n", "x"]
 
 
 def test_a_live_session_costs_less_than_a_kilobyte() -> None:

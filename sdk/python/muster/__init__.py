@@ -58,13 +58,20 @@ _HOMES = {
     "bundles": ("Bundle",),
     "profile": ("ProfileRefused",),
     "reports": (
+        "CommandKind",
+        "ErrorEntry",
         "ProgressUpdate",
         "SessionState",
     ),
-    "sessions": (
+    "following": ("LiveSession",),
+    "blocking": ("follow",),
+    "session_views": (
         "Session",
-        "SessionEnd",
         "SessionFilter",
+    ),
+    "sessions": (
+        "CheckpointPolicy",
+        "SessionEnd",
         "SessionStart",
     ),
     "archives": (
@@ -122,6 +129,7 @@ if TYPE_CHECKING:
     from muster.archives import ArchiveStep as ArchiveStep
     from muster.archives import PartitionInterval as PartitionInterval
     from muster.archives import Policy as Policy
+    from muster.blocking import follow as follow
     from muster.bundles import Bundle as Bundle
     from muster.calls import RetryPolicy as RetryPolicy
     from muster.client import Client as Client
@@ -168,6 +176,7 @@ if TYPE_CHECKING:
     from muster.exits import Exit as Exit
     from muster.exits import ExitCapMode as ExitCapMode
     from muster.exits import ExitSpec as ExitSpec
+    from muster.following import LiveSession as LiveSession
     from muster.insight import AllocationStatus as AllocationStatus
     from muster.jobs import Job as Job
     from muster.personas import Persona as Persona
@@ -175,6 +184,8 @@ if TYPE_CHECKING:
     from muster.personas import PersonaStatus as PersonaStatus
     from muster.personas import UseOutcome as UseOutcome
     from muster.profile import ProfileRefused as ProfileRefused
+    from muster.reports import CommandKind as CommandKind
+    from muster.reports import ErrorEntry as ErrorEntry
     from muster.reports import ProgressUpdate as ProgressUpdate
     from muster.reports import SessionState as SessionState
     from muster.results import ExitSignal as ExitSignal
@@ -184,9 +195,10 @@ if TYPE_CHECKING:
     from muster.results import SubmittedResult as SubmittedResult
     from muster.results import WorkOutcome as WorkOutcome
     from muster.results import WorkResult as WorkResult
-    from muster.sessions import Session as Session
+    from muster.session_views import Session as Session
+    from muster.session_views import SessionFilter as SessionFilter
+    from muster.sessions import CheckpointPolicy as CheckpointPolicy
     from muster.sessions import SessionEnd as SessionEnd
-    from muster.sessions import SessionFilter as SessionFilter
     from muster.sessions import SessionStart as SessionStart
     from muster.slot_specs import Pacing as Pacing
     from muster.slot_specs import PersonaNeed as PersonaNeed

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -157,7 +157,7 @@ class Transport:
 
     async def stream(
         self, method: grpc.aio.UnaryStreamMultiCallable[Any, Response], request: Any, *, seconds: float | None = None
-    ) -> AsyncIterator[Response]:
+    ) -> AsyncGenerator[Response, None]:
         """Yields the answers of a call that streams them; one attempt.
 
         Args:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from muster.acts import Acts
 from muster.archives import Archive
@@ -14,13 +18,22 @@ from muster.bundles import Bundles
 from muster.calls import RetryPolicy, Transport
 from muster.errors import NotConfigured
 from muster.exits import Exits
+from muster.following import LiveSession
 from muster.insight import Insight
 from muster.machines import Machines
 from muster.personas import Personas
-from muster.sessions import Sessions
+from muster.progress import Reporter
+from muster.session_views import SessionFilter, SessionView
+from muster.sessions import CheckpointPolicy, Sessions, SessionStart
 from muster.slots import Slots
 from muster.targets import Targets
+from muster.values import plain
 from muster.work import Work
+
+_log = logging.getLogger("muster.progress")
+
+_FLUSH_SECONDS = 5.0
+_SNAPSHOT_BYTES = 16 * 2**10
 
 
 class Client:
@@ -78,6 +91,7 @@ class Client:
         self.bundles = Bundles(identities)
         self.sessions = Sessions(tracking)
         self.archive = Archive(archiving)
+        self._reporting: tuple[Reporter, asyncio.Task[None]] | None = None
 
     @classmethod
     def from_environment(
@@ -108,6 +122,59 @@ class Client:
             policy=policy,
         )
 
+    def session(
+        self,
+        session_id: str,
+        *,
+        total_pages: int = 0,
+        stage: str = "",
+        slot_id: str = "",
+        client_id: str = "",
+        tags: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+        checkpoint: CheckpointPolicy | None = None,
+        traceparent: str = "",
+    ) -> LiveSession:
+        """Makes a session to report from, as an async context manager; see `LiveSession`.
+
+        Call it in the event loop. What it says is sent in the background until the client is closed, which waits up to
+        5 s for final results that are not committed yet.
+
+        Args:
+            session_id: 1 to 128 characters.
+            total_pages: Pages to do; 0 when unknown.
+            stage: What it does first, up to 64 characters.
+            slot_id: May be empty.
+            client_id: May be empty.
+            tags: Up to 16, of 1 to 64 characters.
+            settings: What becomes the snapshot recorded with the result; values whose names look like secrets are
+                redacted by the service. Left out, with a warning, when it is more than 16 KiB of JSON.
+            checkpoint: Makes it important: its state survives a loss of the tracker's memory.
+            traceparent: W3C trace context of the run; may be empty.
+        """
+        if self._reporting is None:
+            reporter = Reporter(self.sessions, self.policy.call_seconds)
+            self._reporting = reporter, asyncio.create_task(reporter.run(), name="muster progress")
+        start = SessionStart(
+            session_id,
+            started_at=datetime.now(UTC),
+            stage=plain(stage, 64),
+            total_pages=total_pages,
+            slot_id=slot_id,
+            client_id=client_id,
+            tags=tags,
+            config_snapshot_json=_snapshot(session_id, settings or {}),
+            checkpoint=checkpoint,
+            traceparent=traceparent,
+        )
+        return LiveSession(self._reporting[0], start)
+
+    def watch_sessions(
+        self, filter: SessionFilter | None = None, *, interval: timedelta | None = None
+    ) -> AsyncIterator[SessionView]:
+        """Yields the latest state of the live sessions by id, again and again; see `Sessions.views`."""
+        return self.sessions.views(filter, interval=interval)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -118,8 +185,35 @@ class Client:
 
     async def close(self) -> None:
         """Closes the connections; calls in flight end. Safe to call twice."""
+        reporting, self._reporting = self._reporting, None
+        if reporting is not None:
+            await _stop(*reporting)
         for transport in self._transports:
             await transport.close()
+
+
+async def _stop(reporter: Reporter, running: asyncio.Task[None]) -> None:
+    if not running.done():
+        await reporter.flush(_FLUSH_SECONDS)
+    running.cancel()
+    for outcome in await asyncio.gather(running, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            _log.error("progress was not reported", exc_info=outcome)
+
+
+def _snapshot(session_id: str, settings: Mapping[str, Any]) -> str:
+    """Returns settings as JSON; nothing where the service would refuse it, since a run does not fail by its record."""
+    if not settings:
+        return ""
+    try:
+        snapshot = json.dumps(settings, ensure_ascii=False, allow_nan=False, default=str)
+        if len(snapshot.encode()) <= _SNAPSHOT_BYTES:
+            return snapshot
+        why = f"they have more than {_SNAPSHOT_BYTES} bytes"
+    except (ValueError, TypeError, RecursionError) as error:
+        why = str(error)
+    _log.warning("session %s: its settings are not recorded: %s", session_id, why)
+    return ""
 
 
 def connect() -> Client:

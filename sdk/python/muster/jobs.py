@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -16,14 +15,15 @@ from muster import bundles
 from muster.bundles import Bundle
 from muster.client import Client
 from muster.errors import CheckOutLost, DeadlineExceeded, GenerationNotFound, LeaseLost, MusterError, Unavailable
+from muster.following import LiveSession
 from muster.leases import HeldLease, LeaseKeeper
 from muster.personas import Generation
 from muster.profile import pack
 from muster.progress import Reporter
-from muster.reports import ProgressUpdate, SessionState
+from muster.reports import SessionState
 from muster.results import ExitSignal, Product, ResultDisposition, SubmittedResult, WorkOutcome, WorkResult
-from muster.sessions import SessionEnd, SessionStart
-from muster.values import Setting
+from muster.sessions import CheckpointPolicy, SessionStart
+from muster.values import Setting, plain
 from muster.work import AssignedExit, AssignedPersona, ClientIdentity
 
 _log = logging.getLogger("muster.worker")
@@ -34,13 +34,11 @@ _SUBMIT_SECONDS = 300.0
 _RELEASE_SECONDS = 5.0
 _LONGEST = timedelta(hours=24)
 _LONGEST_DELAY = timedelta(hours=1)
-_UINT32 = 2**32 - 1
 _STATES = {
     WorkOutcome.SUCCEEDED: SessionState.COMPLETED,
     WorkOutcome.FAILED: SessionState.FAILED,
     WorkOutcome.BLOCKED: SessionState.FAILED,
 }
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]+")
 
 
 class Job:
@@ -55,22 +53,28 @@ class Job:
         applied_settings: What was really applied, for the effect report; the job's settings unless you assign others.
         persona_used: Whether the persona was really used, which moves its counters; set when its bundle is loaded or
             saved.
+        session: Its live session: errors by class, and what operators tell it; `await job.session.permit()` before each
+            page waits out a pause and keeps to a speed limit.
         exit_signal: What the run says of its exit; assign it before the result, such as RATE_LIMITED for a 429.
         crawl_delay: The delay between requests that the target asks for (robots.txt); assign it before the result.
     """
 
     def __init__(
-        self, held: HeldLease, identity: ClientIdentity, client: Client, keeper: LeaseKeeper, reporter: Reporter
+        self,
+        held: HeldLease,
+        identity: ClientIdentity,
+        client: Client,
+        keeper: LeaseKeeper,
+        reporter: Reporter,
+        checkpoint: CheckpointPolicy | None = None,
     ) -> None:
         self._held = held
         self._allocation = held.allocation
         self._identity = identity
         self._client = client
         self._keeper = keeper
-        self._reporter = reporter
         self._began = asyncio.get_running_loop().time()
         self._started_at = datetime.now(UTC)
-        self._progress = ProgressUpdate(self.key, 0, 0)
         self._undelivered = False
         self._settled = False
         self.lease_lost = held.lost
@@ -79,7 +83,8 @@ class Job:
         self.exit_signal = ExitSignal.UNSPECIFIED
         self.crawl_delay: timedelta | None = None
         keeper.hold(held)
-        reporter.begin(self._session(), self._told_lost)
+        self.session = LiveSession(reporter, self._session(checkpoint), held.lost)
+        self.session.begin()
 
     @property
     def key(self) -> str:
@@ -146,18 +151,7 @@ class Job:
             errors: Errors met so far.
             stage: What it does now, up to 64 characters; empty keeps it.
         """
-        if self._settled:
-            return
-        self._progress = ProgressUpdate(
-            self.key,
-            self._progress.sequence + 1,
-            _bounded(page),
-            _bounded(total),
-            _bounded(products),
-            _bounded(errors),
-            _plain(stage, 64) or self._progress.stage,
-        )
-        self._reporter.report(self._progress)
+        self.session.progress(page, total, products, errors, stage=stage)
 
     async def load_bundle(self) -> Bundle:
         """Loads the persona's newest bundle; one without parts when nothing was ever saved.
@@ -274,7 +268,7 @@ class Job:
         self._end(SessionState.STOPPED, reason)
         try:
             answers = await self._client.work.release(
-                [self._allocation.lease], reason=_plain(reason, 256), total_seconds=_RELEASE_SECONDS
+                [self._allocation.lease], reason=plain(reason, 256), total_seconds=_RELEASE_SECONDS
             )
         except MusterError as error:
             _log.warning("%s is not given back and will expire: %s", self.key, error)
@@ -320,7 +314,7 @@ class Job:
             applied_settings=self.applied_settings,
             exit_ip=exit_ip,
             retry_after=retry_after,
-            error_message=_plain(message, 1024),
+            error_message=plain(message, 1024),
             persona_used=self.persona_used,
             exit_signal=self.exit_signal,
             crawl_delay=min(self.crawl_delay, _LONGEST_DELAY) if self.crawl_delay is not None else None,
@@ -344,7 +338,7 @@ class Job:
             _log.warning("the result of %s came late: %s", self.key, answer.disposition.name.lower())
         return answer.disposition
 
-    def _session(self) -> SessionStart:
+    def _session(self, checkpoint: CheckpointPolicy | None) -> SessionStart:
         snapshot = json.dumps(self.settings, ensure_ascii=False)
         # Settings have at most 16 KiB, and JSON of them somewhat more than the 16 KiB that a snapshot may have.
         return SessionStart(
@@ -355,38 +349,15 @@ class Job:
             config_snapshot_json=snapshot if len(snapshot.encode()) <= 16 * 2**10 else "",
             allocation_key=self.key,
             lease_token=self._allocation.lease.lease_token,
+            checkpoint=checkpoint,
+            traceparent=self.traceparent,
         )
 
     def _end(self, state: SessionState, message: str) -> None:
         self._keeper.drop(self._held)
-        latest = self._progress
-        self._reporter.end(
-            SessionEnd(
-                session_id=self.key,
-                state=state,
-                stage=latest.stage,
-                total_pages=latest.current_page,
-                products_found=latest.products_found,
-                errors_count=latest.errors_count,
-                started_at=self._started_at,
-                message=_plain(message, 1024),
-            )
-        )
-
-    def _told_lost(self, message: str) -> None:
-        _log.warning("the lease on %s is lost: %s", self.key, message)
-        self.lease_lost.set()
+        self.session.end(state, message)
 
     def _needed_persona(self) -> AssignedPersona:
         if self.persona is None:
             raise ValueError(f"{self.key} has no persona: its slot does not ask for one")
         return self.persona
-
-
-def _bounded(count: int) -> int:
-    return max(0, min(int(count), _UINT32))
-
-
-def _plain(text: str, length: int) -> str:
-    """Returns a text as the services take it: valid UTF-8, without control characters (tools colour theirs), cut."""
-    return _CONTROL.sub(" ", text.encode(errors="replace").decode())[:length]

@@ -1,4 +1,4 @@
-"""Progress in the background: a job says where it stands and goes on; the session_tracker hears of it when it can.
+"""Progress in the background: a session says where it stands and goes on; the session_tracker hears of it when it can.
 
 The crawl never waits for the tracker and never fails with it. Of each session only the latest state is kept, so nothing
 grows while the tracker is away; when it is back, one report restores the session, and one that it no longer knows is
@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections import deque
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from muster.calls import may_repeat, pause_seconds
-from muster.errors import DeadlineExceeded, MusterError, NotConfigured
-from muster.reports import CommandKind, ProgressUpdate, ReportAnswer, ReportStream
+from muster.errors import DeadlineExceeded, InvalidField, MusterError, NotConfigured
+from muster.reports import MOST_UPDATES, ProgressUpdate, ReportAnswer, ReportStream, SessionCommand
 from muster.sessions import SessionEnd, Sessions, SessionStart
 
 Answer = TypeVar("Answer")
@@ -26,31 +27,49 @@ _log = logging.getLogger("muster.progress")
 
 # A watcher sees no more than ten states a second, so reporting more often would only cost the tracker.
 _INTERVAL_SECONDS = 0.1
-_MOST_UPDATES = 1000
+# A session without news is reported all the same: by default the tracker takes it for lost after 120 s of silence.
+_SILENT_SECONDS = 30.0
 _MOST_ENDS = 1000
 _END_SECONDS = 600.0
+# Calls at a time; the tracker commits results that come together in one transaction.
+_AT_ONCE = 16
 
 
 @dataclass(slots=True)
 class _Live:
+    """A session that is followed.
+
+    Attributes:
+        ahead: What is added to its sequences: reports without news, and those of an earlier process of the same id.
+        told: The last report that was taken in full on `stream`: what is equal to it need not be sent again.
+        refused: The tracker will not have it; only its final result is sent.
+    """
+
     start: SessionStart
-    on_lease_lost: Callable[[str], None]
-    latest: ProgressUpdate | None = None
+    latest: Callable[[], ProgressUpdate | None]
+    on_command: Callable[[SessionCommand], None]
     registered: bool = False
-    unsent: bool = False
+    refused: bool = False
+    ahead: int = 0
+    told: ProgressUpdate | None = None
+    stream: ReportStream | None = None
+    sent_at: float = 0.0
     taken_at: float | None = None
+
+    def update(self) -> ProgressUpdate | None:
+        """Returns its latest state as the tracker is to be told it."""
+        latest = self.latest()
+        return replace(latest, sequence=latest.sequence + self.ahead) if latest and self.ahead else latest
 
 
 @dataclass(slots=True)
 class _Ended:
     end: SessionEnd
-    start: SessionStart
-    registered: bool
     give_up_at: float
 
 
 class Reporter:
-    """Keeps the latest state of live sessions and sends it; `run` is its background loop.
+    """Sends the latest state of live sessions; `run` is its background loop.
 
     Args:
         sessions: The tracker's client.
@@ -61,28 +80,40 @@ class Reporter:
         self._sessions = sessions
         self._answer_seconds = answer_seconds
         self._live: dict[str, _Live] = {}
+        # In the order in which they changed, so that none waits for others that change more often.
+        self._unsent: dict[str, None] = {}
+        self._unregistered: set[str] = set()
         self._ended: deque[_Ended] = deque()
+        self._ending = 0
         self._changed = asyncio.Event()
         self._ends_changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._failures = 0
+        self._looked_at = 0.0
 
-    def begin(self, start: SessionStart, on_lease_lost: Callable[[str], None]) -> None:
+    def begin(
+        self,
+        start: SessionStart,
+        latest: Callable[[], ProgressUpdate | None],
+        on_command: Callable[[SessionCommand], None],
+    ) -> None:
         """Takes a session up; it is registered in the background.
 
         Args:
             start: What it is registered with.
-            on_lease_lost: Called with the tracker's words when it says that the session's lease is lost.
+            latest: Gives its latest state; None before its first.
+            on_command: Called with everything that the tracker tells it, repetitions included.
         """
-        self._live[start.session_id] = _Live(start, on_lease_lost)
+        live = _Live(start, latest, on_command, sent_at=asyncio.get_running_loop().time())
+        self._live[start.session_id] = live
+        self._unregistered.add(start.session_id)
         self._changed.set()
 
-    def report(self, update: ProgressUpdate) -> None:
-        """Takes the latest state of a session; one that has ended is passed over."""
-        live = self._live.get(update.session_id)
-        if live is not None:
-            live.latest, live.unsent = update, True
+    def changed(self, session_id: str) -> None:
+        """Notes that a session has news; one that has ended is passed over."""
+        if session_id in self._live:
+            self._unsent[session_id] = None
             self._changed.set()
 
     def taken_at(self, session_id: str) -> float | None:
@@ -95,11 +126,20 @@ class Reporter:
         live = self._live.pop(end.session_id, None)
         if live is None:
             return
+        self._unsent.pop(end.session_id, None)
+        self._unregistered.discard(end.session_id)
         if len(self._ended) >= _MOST_ENDS:
             dropped = self._ended.popleft()
             _log.error("session %s: its final result is given up: too many wait", dropped.end.session_id)
-        give_up_at = asyncio.get_running_loop().time() + _END_SECONDS
-        self._ended.append(_Ended(end, live.start, live.registered, give_up_at))
+        start = live.start
+        # The tracker may not know what the session was started with.
+        whole = replace(
+            end,
+            config_snapshot_json=end.config_snapshot_json or start.config_snapshot_json,
+            slot_id=end.slot_id or start.slot_id,
+            client_id=end.client_id or start.client_id,
+        )
+        self._ended.append(_Ended(whole, asyncio.get_running_loop().time() + _END_SECONDS))
         self._idle.clear()
         self._ends_changed.set()
 
@@ -108,7 +148,8 @@ class Reporter:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._report())
-                tasks.create_task(self._complete())
+                for _ in range(_AT_ONCE):
+                    tasks.create_task(self._complete())
         except* NotConfigured:
             self._live.clear()
             self._ended.clear()
@@ -132,8 +173,7 @@ class Reporter:
                 self._failures += 1
                 level = logging.WARNING if self._failures == 1 else logging.DEBUG
                 _log.log(level, "progress is not reported for now: %s", error)
-                for live in self._live.values():
-                    live.unsent = live.latest is not None
+                self._unsent.update(dict.fromkeys(self._live))
                 if self._live:
                     self._changed.set()
                 await asyncio.sleep(pause_seconds(error, self._failures))
@@ -143,15 +183,20 @@ class Reporter:
         answers: asyncio.Queue[ReportAnswer] = asyncio.Queue()
         receiver = asyncio.create_task(self._receive(stream, answers))
         try:
-            while True:
+            while not stream.full:
                 self._changed.clear()
                 await self._register()
-                batch = [live for live in self._live.values() if live.unsent and live.registered][:_MOST_UPDATES]
+                self._break_silence()
+                batch = self._batch()
                 if batch:
                     await self._send(stream, batch, answers, receiver)
-                    await asyncio.sleep(_INTERVAL_SECONDS)
+                    if len(batch) < MOST_UPDATES:
+                        await asyncio.sleep(_INTERVAL_SECONDS)
                 else:
-                    await _first(self._changed.wait(), receiver)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_SILENT_SECONDS / 3 if self._live else None):
+                            await _first(self._changed.wait(), receiver)
+            self._changed.set()
         finally:
             receiver.cancel()
             stream.cancel()
@@ -163,66 +208,143 @@ class Reporter:
             answer = await stream.receive()
             for command in answer.commands:
                 live = self._live.get(command.session_id)
-                if live is not None and command.kind is CommandKind.LEASE_LOST:
-                    live.on_lease_lost(command.message)
+                if live is not None:
+                    live.on_command(command)
             if answer.batch:
                 answers.put_nowait(answer)
+
+    def _break_silence(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._looked_at < _SILENT_SECONDS / 3:
+            return
+        self._looked_at = now
+        for name, live in self._live.items():
+            if live.registered and name not in self._unsent and now - live.sent_at >= _SILENT_SECONDS:
+                live.ahead += 1
+                self._unsent[name] = None
+
+    def _batch(self) -> list[tuple[_Live, ProgressUpdate]]:
+        """Takes out what is to be sent next: the sessions that have waited longest."""
+        batch = []
+        for name in list(self._unsent):
+            live = self._live.get(name)
+            # What is not registered goes with its registration.
+            if live is None or not live.registered:
+                del self._unsent[name]
+                continue
+            update = live.update()
+            del self._unsent[name]
+            if update is not None:
+                batch.append((live, update))
+                if len(batch) == MOST_UPDATES:
+                    break
+        return batch
 
     async def _send(
         self,
         stream: ReportStream,
-        batch: list[_Live],
+        batch: list[tuple[_Live, ProgressUpdate]],
         answers: asyncio.Queue[ReportAnswer],
         receiver: asyncio.Task[None],
     ) -> None:
-        updates = [live.latest for live in batch if live.latest is not None]
-        for live in batch:
-            live.unsent = False
+        full: list[tuple[_Live, ProgressUpdate]] = []
+        packed: list[ProgressUpdate] = []
+        now = asyncio.get_running_loop().time()
+        for live, update in batch:
+            live.sent_at = now
+            if live.stream is stream and live.told is not None and update.counters_only(live.told):
+                packed.append(update)
+            else:
+                full.append((live, update))
         try:
             async with asyncio.timeout(self._answer_seconds):
-                number = await stream.send(updates)
+                number = await stream.send([update for _, update in full], packed)
                 answer = await _first(answers.get(), receiver)
                 while answer.batch != number:
                     answer = await _first(answers.get(), receiver)
         except TimeoutError:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "", "the session_tracker does not answer reports") from None
+        except InvalidField as error:
+            self._refuse(error, full)
+            raise
         self._failures = 0
+        for live, update in full:
+            live.told, live.stream = update, stream
         now = asyncio.get_running_loop().time()
-        for live in batch:
-            if live.start.session_id in answer.unknown_sessions:
-                live.registered, live.unsent = False, True
-                self._changed.set()
+        unknown = frozenset(answer.unknown_sessions)
+        for live, _ in batch:
+            if live.start.session_id in unknown:
+                self._forgotten(live)
             else:
                 live.taken_at = now
 
-    async def _register(self) -> None:
-        for live in [live for live in self._live.values() if not live.registered]:
-            try:
-                await self._sessions.start(live.start, progress=live.latest, total_seconds=self._answer_seconds)
-            except MusterError as error:
-                if isinstance(error, NotConfigured) or may_repeat(error, idempotent=True):
-                    raise
+    def _forgotten(self, live: _Live) -> None:
+        name = live.start.session_id
+        live.registered, live.told = False, None
+        if self._live.get(name) is live:
+            self._unregistered.add(name)
+            self._changed.set()
+
+    @staticmethod
+    def _refuse(error: InvalidField, full: list[tuple[_Live, ProgressUpdate]]) -> None:
+        """Drops the sessions whose updates were malformed, so that they do not hold the others up for ever."""
+        for violation in error.violations:
+            found = re.match(r"updates\[(\d+)\]", violation.field)
+            if found and int(found[1]) < len(full):
+                live = full[int(found[1])][0]
+                live.refused, live.registered = True, False
                 _log.error("session %s is not followed: %s", live.start.session_id, error)
-                self._live.pop(live.start.session_id, None)
-                continue
-            live.registered = True
+
+    async def _register(self) -> None:
+        while self._unregistered:
+            names = [name for name, _ in zip(self._unregistered, range(_AT_ONCE), strict=False)]
+            outcomes = await asyncio.gather(*map(self._register_one, names), return_exceptions=True)
+            _raise_first(outcomes)
+
+    async def _register_one(self, name: str) -> None:
+        live = self._live.get(name)
+        if live is None or live.refused:
+            self._unregistered.discard(name)
+            return
+        update = live.update()
+        try:
+            found = await self._sessions.start(live.start, progress=update, total_seconds=self._answer_seconds)
+        except MusterError as error:
+            if isinstance(error, NotConfigured) or may_repeat(error, idempotent=True):
+                raise
+            _log.error("session %s is not followed: %s", name, error)
+            live.refused = True
+            self._unregistered.discard(name)
+            return
+        self._unregistered.discard(name)
+        # Another process reported this id before: what comes now is newer.
+        live.ahead += max(0, found.sequence - (update.sequence if update else live.ahead))
+        live.registered = True
+        live.sent_at = asyncio.get_running_loop().time()
+        if update is not None:
             # Reported once more although the tracker has it: commands come on the stream that reports the session.
-            live.unsent = live.latest is not None
+            live.ahead += 1
+            self.changed(name)
 
     async def _complete(self) -> None:
+        while True:
+            while not self._ended:
+                if not self._ending:
+                    self._idle.set()
+                self._ends_changed.clear()
+                await self._ends_changed.wait()
+            ended = self._ended.popleft()
+            self._ending += 1
+            try:
+                await self._complete_one(ended)
+            finally:
+                self._ending -= 1
+
+    async def _complete_one(self, ended: _Ended) -> None:
         failures = 0
         clock = asyncio.get_running_loop().time
         while True:
-            if not self._ended:
-                self._idle.set()
-                self._ends_changed.clear()
-                await self._ends_changed.wait()
-            ended = self._ended[0]
             try:
-                if not ended.registered:
-                    # Without it the row would lack what only the start says: slot, client and settings.
-                    await self._sessions.start(ended.start, total_seconds=self._answer_seconds)
-                    ended.registered = True
                 await self._sessions.complete(ended.end, total_seconds=self._answer_seconds)
             except MusterError as error:
                 if isinstance(error, NotConfigured):
@@ -232,9 +354,13 @@ class Reporter:
                     await asyncio.sleep(pause_seconds(error, failures))
                     continue
                 _log.error("session %s: its final result is not recorded: %s", ended.end.session_id, error)
-            failures = 0
-            if self._ended and self._ended[0] is ended:
-                self._ended.popleft()
+            return
+
+
+def _raise_first(outcomes: Iterable[BaseException | None]) -> None:
+    for outcome in outcomes:
+        if outcome is not None:
+            raise outcome
 
 
 async def _first(waiting: Coroutine[Any, Any, Answer], receiver: asyncio.Task[None]) -> Answer:

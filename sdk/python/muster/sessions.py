@@ -3,54 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from muster import values
 from muster.calls import Transport, pause_seconds
 from muster.errors import Unavailable
-from muster.reports import ProgressUpdate, ReportStream, SessionState, UpdateVerdict, update_message
+from muster.reports import CommandKind, ProgressUpdate, ReportStream, SessionState, UpdateVerdict, update_message
 from muster.session_tracker.v1 import session_pb2, session_pb2_grpc
+from muster.session_views import (
+    ControlAnswer,
+    Session,
+    SessionChanges,
+    SessionDetail,
+    SessionFilter,
+    SessionTotals,
+    SessionView,
+    UnknownNumber,
+    detail_of,
+    filter_message,
+    session_of,
+    totals_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
-    """A live session.
+class CheckpointPolicy:
+    """How often a session's state is written to the database while it runs; with neither: every 30 s.
 
     Attributes:
-        session_id: An allocation key or any id of the caller's.
-        state: Where it stands.
-        stage: What it does now, in the worker's words.
-        current_page: Pages done.
-        total_pages: Pages to do; 0 when unknown.
-        products_found: So far.
-        errors_count: So far.
-        started_at: When it began.
-        updated_at: When it was last reported.
-        estimated_completion: None when it is not known.
-        eta_method: How that was reckoned, such as `pace`; empty when unknown.
-        slot_id: May be empty.
-        client_id: May be empty.
-        tags: Its tags.
-        sequence: Of the last report that was taken.
+        every_pages: After so many pages, 1 to 1,000,000; 0: not by pages.
+        every: After so much time, 1 s to 1 h; None: not by time.
     """
 
-    session_id: str
-    state: SessionState
-    stage: str
-    current_page: int
-    total_pages: int
-    products_found: int
-    errors_count: int
-    started_at: datetime
-    updated_at: datetime
-    estimated_completion: datetime | None
-    eta_method: str
-    slot_id: str
-    client_id: str
-    tags: tuple[str, ...]
-    sequence: int
+    every_pages: int = 0
+    every: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +57,8 @@ class SessionStart:
         config_snapshot_json: A JSON object recorded with the result, at most 16 KiB; may be empty.
         allocation_key: The allocation to renew while the session makes progress; empty for none.
         lease_token: Its token; needed with `allocation_key`.
+        checkpoint: Makes it important: its state survives a loss of the tracker's memory. None: it is not.
+        traceparent: W3C trace context of the run, 55 characters; may be empty.
     """
 
     session_id: str
@@ -80,11 +71,16 @@ class SessionStart:
     config_snapshot_json: str = ""
     allocation_key: str = ""
     lease_token: bytes = field(default=b"", repr=False)
+    checkpoint: CheckpointPolicy | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionEnd:
-    """The final result of a session; with `started_at` it can be recorded even when the session is not live there."""
+    """The final result of a session; with all of it set it can be recorded even when the session is not live there.
+
+    What is left empty of `config_snapshot_json`, `slot_id` and `client_id` is as the session was started with.
+    """
 
     session_id: str
     state: SessionState
@@ -94,6 +90,9 @@ class SessionEnd:
     errors_count: int = 0
     started_at: datetime | None = None
     message: str = ""
+    config_snapshot_json: str = ""
+    slot_id: str = ""
+    client_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,46 +114,12 @@ class CrawlingResult:
     client_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class SessionFilter:
-    """Selects sessions: all that is set must hold."""
-
-    states: Sequence[SessionState] = ()
-    slot_id: str = ""
-    client_id: str = ""
-    stage: str = ""
-    tag: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionChanges:
-    """One answer of a watch; with `snapshot` set, forget what was held before.
-
-    `removed` names sessions that ended or no longer match.
-    """
-
-    snapshot: bool
-    sessions: tuple[Session, ...]
-    removed: tuple[str, ...]
-    epoch: str
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class SessionTotals:
-    """The organization's live figures; `by_state` counts by the name of a state."""
-
-    live: int
-    by_state: Mapping[str, int]
-    pages: int
-    products: int
-    errors: int
-    pages_per_second: float
-    results_committed: int
-
-
 class Sessions:
-    """`client.sessions`: `start`, `report` and `complete` are for workers; role operator or worker for reading."""
+    """`client.sessions`: the calls of the session_tracker's contract.
+
+    `start`, `report` and `complete` are for workers (who have it easier with `Client.session`), `control` and `results`
+    for operators, and the rest is for both.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -166,6 +131,10 @@ class Sessions:
     @property
     def _watch(self) -> session_pb2_grpc.WatchServiceAsyncStub:
         return self._transport.stub(session_pb2_grpc.WatchServiceStub)
+
+    @property
+    def _control(self) -> session_pb2_grpc.ControlServiceAsyncStub:
+        return self._transport.stub(session_pb2_grpc.ControlServiceStub)
 
     async def start(
         self, start: SessionStart, *, progress: ProgressUpdate | None = None, total_seconds: float | None = None
@@ -194,9 +163,11 @@ class Sessions:
             allocation_key=start.allocation_key,
             lease_token=start.lease_token,
             progress=update_message(progress) if progress else None,
+            checkpoint=_policy_message(start.checkpoint) if start.checkpoint else None,
+            traceparent=start.traceparent,
         )
         answer = await self._transport.call(self._stub.StartSession, request, total_seconds=total_seconds)
-        return _session(answer.session)
+        return session_of(answer.session)
 
     async def report(self, updates: Sequence[ProgressUpdate]) -> tuple[UpdateVerdict, ...]:
         """Reports 1 to 1000 updates in a call of their own; `muster.Worker` uses the stream, which is cheaper.
@@ -232,6 +203,9 @@ class Sessions:
             errors_count=end.errors_count,
             started_at=values.timestamp(end.started_at),
             message=end.message,
+            config_snapshot_json=end.config_snapshot_json,
+            slot_id=end.slot_id,
+            client_id=end.client_id,
         )
         answer = await self._transport.call(self._stub.CompleteSession, request, total_seconds=total_seconds)
         return _result(answer.result)
@@ -243,8 +217,17 @@ class Sessions:
             SessionNotFound: it is not live there.
             MusterError: it was refused, or did not succeed in time.
         """
+        return (await self.detail(session_id)).session
+
+    async def detail(self, session_id: str) -> SessionDetail:
+        """Reads a live session with its last errors, its settings and its pages of the last five minutes.
+
+        Raises:
+            SessionNotFound: it is not live there.
+            MusterError: it was refused, or did not succeed in time.
+        """
         request = session_pb2.GetSessionRequest(session_id=session_id)
-        return _session((await self._transport.call(self._watch.GetSession, request)).session)
+        return detail_of(await self._transport.call(self._watch.GetSession, request))
 
     async def list(self, filter: SessionFilter | None = None, *, page_size: int = 100) -> AsyncIterator[Session]:
         """Yields the live sessions by id.
@@ -252,12 +235,12 @@ class Sessions:
         Raises:
             MusterError: it was refused, or did not succeed in time.
         """
-        request = session_pb2.ListSessionsRequest(filter=_filter_message(filter), page_size=page_size)
+        request = session_pb2.ListSessionsRequest(filter=filter_message(filter), page_size=page_size)
         async for answer in self._transport.pages(self._watch.ListSessions, request):
             for session in answer.sessions:
-                yield _session(session)
+                yield session_of(session)
 
-    async def watch(
+    def watch(
         self, filter: SessionFilter | None = None, *, interval: timedelta | None = None
     ) -> AsyncIterator[SessionChanges]:
         """Yields a snapshot, then every change; goes on where it was when the connection breaks.
@@ -270,46 +253,108 @@ class Sessions:
             Unavailable: the service did not come back within the client's policy.
             MusterError: it was refused.
         """
-        request = session_pb2.WatchSessionsRequest(filter=_filter_message(filter), interval=values.duration(interval))
+        return self._changes(SessionView(), filter, interval)
+
+    async def views(
+        self, filter: SessionFilter | None = None, *, interval: timedelta | None = None
+    ) -> AsyncIterator[SessionView]:
+        """Yields the latest state of every session by its id, after each change; goes on by itself as `watch` does.
+
+        It is the same view each time, brought up to date: copy what is to be kept.
+
+        Args:
+            filter: Which sessions; None for all.
+            interval: The least time between two changes, up to 60 s; None means 100 ms.
+
+        Raises:
+            Unavailable: the service did not come back within the client's policy.
+            MusterError: it was refused.
+        """
+        view = SessionView()
+        async with aclosing(self._changes(view, filter, interval)) as changes:
+            async for _ in changes:
+                yield view
+
+    async def _changes(
+        self, view: SessionView, filter: SessionFilter | None, interval: timedelta | None
+    ) -> AsyncGenerator[SessionChanges, None]:
+        request = session_pb2.WatchSessionsRequest(
+            filter=filter_message(filter), interval=values.duration(interval), packed=True
+        )
         clock = asyncio.get_running_loop().time
-        heard, attempt = clock(), 0
+        # Since when nothing is heard, rather than the last change: a quiet watch is no broken one.
+        failing_since: float | None = None
+        attempt = 0
         while True:
             try:
-                async for answer in self._transport.stream(self._watch.WatchSessions, request):
-                    heard, attempt = clock(), 0
-                    request.epoch, request.offset = answer.epoch, answer.offset
-                    sessions = tuple(_session(session) for session in answer.sessions)
-                    yield SessionChanges(answer.snapshot, sessions, tuple(answer.removed), answer.epoch, answer.offset)
+                async with aclosing(self._transport.stream(self._watch.WatchSessions, request)) as answers:
+                    async for answer in answers:
+                        failing_since, attempt = None, 0
+                        change = view.apply(answer)
+                        request.epoch, request.offset = answer.epoch, answer.offset
+                        yield change
                 return
+            except UnknownNumber:
+                request.epoch, request.offset = "", 0
+                await asyncio.sleep(pause_seconds(None, 1))
             except Unavailable as error:
                 attempt += 1
                 pause = pause_seconds(error, attempt)
-                if clock() + pause - heard > self._transport.policy.total_seconds:
+                failing_since = clock() if failing_since is None else failing_since
+                if clock() + pause - failing_since > self._transport.policy.total_seconds:
                     raise
                 await asyncio.sleep(pause)
 
-    async def totals(self) -> SessionTotals:
+    async def totals(self, *, slot_id: str = "", fleet: bool = False) -> SessionTotals:
         """Reads the live figures.
+
+        Args:
+            slot_id: Only of this slot; empty means of the organization.
+            fleet: Of all organizations together, which only services may.
 
         Raises:
             MusterError: it was refused, or did not succeed in time.
         """
-        answer = await self._transport.call(self._watch.GetTotals, session_pb2.GetTotalsRequest())
-        return SessionTotals(
-            answer.live,
-            dict(answer.by_state),
-            answer.pages,
-            answer.products,
-            answer.errors,
-            answer.pages_per_second,
-            answer.results_committed,
+        request = session_pb2.GetTotalsRequest(slot_id=slot_id, fleet=fleet)
+        return totals_of(await self._transport.call(self._watch.GetTotals, request))
+
+    async def control(
+        self,
+        kind: CommandKind,
+        session_ids: Sequence[str] = (),
+        *,
+        filter: SessionFilter | None = None,
+        pages_per_minute: float = 0.0,
+        reason: str = "",
+    ) -> ControlAnswer:
+        """Tells sessions to pause, resume, stop or keep to a speed limit; safe to repeat.
+
+        Args:
+            kind: PAUSE, RESUME, STOP or SPEED_LIMIT.
+            session_ids: Up to 1000; empty means all that match `filter`, which must bind something then.
+            filter: Which, when no ids are given.
+            pages_per_minute: With SPEED_LIMIT, up to 1,000,000; 0 lifts the limit.
+            reason: Why, up to 256 characters.
+
+        Raises:
+            MusterError: it was refused, or did not succeed in time.
+        """
+        request = session_pb2.ControlSessionsRequest(
+            session_ids=session_ids,
+            filter=filter_message(filter),
+            kind=session_pb2.CommandKind.ValueType(kind),
+            pages_per_minute=pages_per_minute,
+            reason=reason,
         )
+        answer = await self._transport.call(self._control.ControlSessions, request)
+        return ControlAnswer(answer.told, tuple(answer.unknown_sessions))
 
     async def results(
         self,
         *,
         state: SessionState = SessionState.UNSPECIFIED,
         slot_id: str = "",
+        client_id: str = "",
         completed_after: datetime | None = None,
         completed_before: datetime | None = None,
         page_size: int = 100,
@@ -325,42 +370,15 @@ class Sessions:
             slot_id=slot_id,
             completed_after=values.timestamp(completed_after),
             completed_before=values.timestamp(completed_before),
+            client_id=client_id,
         )
         async for answer in self._transport.pages(self._watch.ListResults, request):
             for result in answer.results:
                 yield _result(result)
 
 
-def _filter_message(filter: SessionFilter | None) -> session_pb2.SessionFilter | None:
-    if filter is None:
-        return None
-    return session_pb2.SessionFilter(
-        states=[session_pb2.SessionState.ValueType(state) for state in filter.states],
-        slot_id=filter.slot_id,
-        client_id=filter.client_id,
-        stage=filter.stage,
-        tag=filter.tag,
-    )
-
-
-def _session(message: session_pb2.Session) -> Session:
-    return Session(
-        session_id=message.session_id,
-        state=values.member(SessionState, message.state),
-        stage=message.stage,
-        current_page=message.current_page,
-        total_pages=message.total_pages,
-        products_found=message.products_found,
-        errors_count=message.errors_count,
-        started_at=values.required_moment(message, "started_at"),
-        updated_at=values.required_moment(message, "updated_at"),
-        estimated_completion=values.moment(message, "estimated_completion"),
-        eta_method=message.eta_method,
-        slot_id=message.slot_id,
-        client_id=message.client_id,
-        tags=tuple(message.tags),
-        sequence=message.sequence,
-    )
+def _policy_message(policy: CheckpointPolicy) -> session_pb2.CheckpointPolicy:
+    return session_pb2.CheckpointPolicy(every_pages=policy.every_pages, every=values.duration(policy.every))
 
 
 def _result(message: session_pb2.CrawlingResult) -> CrawlingResult:

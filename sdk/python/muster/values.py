@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
@@ -19,6 +20,7 @@ Setting = bool | int | float | str
 Member = TypeVar("Member", bound=IntEnum)
 
 _INT64 = 2**63
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]+")
 
 
 def member(enum: type[Member], number: int) -> Member:
@@ -27,6 +29,11 @@ def member(enum: type[Member], number: int) -> Member:
         return enum(number)
     except ValueError:
         return enum(0)
+
+
+def plain(text: str, length: int) -> str:
+    """Returns a text as the services take it: valid UTF-8, without control characters (tools colour theirs), cut."""
+    return _CONTROL.sub(" ", text.encode(errors="replace").decode())[:length]
 
 
 def moment(owner: Any, field: str) -> datetime | None:

@@ -17,6 +17,7 @@ from muster.errors import MusterError, RequestIdReused
 from muster.jobs import Job
 from muster.leases import HeldLease, LeaseKeeper
 from muster.progress import Reporter
+from muster.sessions import CheckpointPolicy
 from muster.work import Allocation, BlockerKind, ClientIdentity, NoWork
 
 _log = logging.getLogger("muster.worker")
@@ -44,6 +45,7 @@ class Worker:
         client_name: For people, up to 128 characters.
         target: Only work for this target; empty for any.
         region: Only exits of this region; empty for any.
+        checkpoint: Makes the sessions of its jobs important: their state survives a loss of the tracker's memory.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Worker:
         client_name: str = "",
         target: str = "",
         region: str = "",
+        checkpoint: CheckpointPolicy | None = None,
     ) -> None:
         self._client = client
         self._identity = ClientIdentity(client_id, instance_number, client_name, folder)
         self._target = target
         self._region = region
+        self._checkpoint = checkpoint
         self._reporter = Reporter(client.sessions, client.policy.call_seconds)
         self._keeper = LeaseKeeper(client.work)
         self._stopping = asyncio.Event()
@@ -151,7 +155,7 @@ class Worker:
     def _take(self, allocation: Allocation, asked_at: float) -> Job:
         key = allocation.allocation_key
         held = HeldLease(allocation, asked_at, lambda: self._reporter.taken_at(key))
-        self._current = Job(held, self._identity, self._client, self._keeper, self._reporter)
+        self._current = Job(held, self._identity, self._client, self._keeper, self._reporter, self._checkpoint)
         return self._current
 
     async def _settle(self) -> None:
