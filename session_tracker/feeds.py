@@ -121,9 +121,10 @@ class Feed:
     def _since(self, offset: int) -> Span:
         behind = self._changes.offset - offset
         if behind > _EXACTLY:
-            # From up to twice as far back, where others begin who stand elsewhere: when all are late, each at a place
-            # of his own, they would otherwise cost the more the later they are.
-            offset = offset >> (behind.bit_length() - 1) << (behind.bit_length() - 1) or offset
+            # From up to an eighth further back, where others begin who stand elsewhere: when all are late, each at a
+            # place of his own, they would otherwise cost the more the later they are.
+            grid = behind.bit_length() - 4
+            offset = offset >> grid << grid or offset
         span = self._others.get(offset)
         if span is None:
             changed = self._changes.after(offset, self._organization.sessions.values())

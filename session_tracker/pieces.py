@@ -120,8 +120,11 @@ class View:
         return found
 
     def in_full(self, session: Session, offset: int) -> bool:
-        """Whether a session is to be sent in full to a watcher which stands at an offset, though it is known there."""
-        return not self.packed or self.held.get(session.session_id, _NEVER)[1] > offset
+        """Whether a session that is known is due in full with the turn up to an offset.
+
+        Who missed that turn waits for the next time: to make up for it would make the late later.
+        """
+        return not self.packed or self.held.get(session.session_id, _NEVER)[1] == offset
 
     def concerned_since(self, ids: set[str], offset: int) -> list[str]:
         """Returns those of the sessions changed after an offset that a watcher which stands there must be told of.
@@ -209,7 +212,7 @@ class Span:
                 continue
             if session.described <= known:
                 reported = session.reported
-                if not view.in_full(session, known):
+                if not view.in_full(session, self.after):
                     packed.append(session)
                     weight += 1
                     continue
