@@ -19,7 +19,8 @@ SECONDS = 30.0
 
 FOREVER = "print('up', flush=True); signal.pause()"
 # Ends by itself on SIGTERM, with a word, so that the order of stops can be seen.
-POLITE = "signal.signal(signal.SIGTERM, lambda *_: (print('bye', flush=True), sys.exit(0))); " + FOREVER
+# Not by print, which a signal in the middle of another print makes fail.
+POLITE = "import os; signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'bye\\n'), sys.exit(0))); " + FOREVER
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); " + FOREVER
 SUPERVISOR = """
 import asyncio, sys
