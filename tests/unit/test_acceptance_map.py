@@ -15,6 +15,8 @@ NUMBERS = {
     "B1": range(1, 36),
     "PS": range(1, 16),
     "ST": range(1, 16),
+    # Likewise the session tracker.
+    "B3": range(1, 27),
     "AR": range(1, 23),
     "SU": range(1, 22),
     "X": range(1, 45),
