@@ -52,7 +52,7 @@ async def bind(chassis: Chassis[TrackerConfig], config: TrackerConfig) -> None:
         chassis.run_loop("renewals", renewals.loop)
     await checkpoints.restore()
     chassis.run_loop("checkpoints", checkpoints.loop)
-    chassis.run_loop("silence", Silence(organizations).loop)
+    chassis.run_loop("silence", Silence(organizations, store).loop)
     chassis.run_loop("end of streams", sessions.end_streams)
     watch_states(organizations.count, lambda: any(one.rebuilding for one in organizations))
     names = session_pb2.DESCRIPTOR.services_by_name

@@ -209,7 +209,8 @@ class Mirrors:
         paced = counters.state == session.state and counters.total_pages == session.total_pages
         if counters.total_pages != session.total_pages:
             session.measured = 0
-        session.sequence = counters.sequence
+        # An end may come from a replica that had not heard the last report.
+        session.sequence = max(session.sequence, counters.sequence)
         session.revision = counters.revision
         session.current_page = counters.current_page
         session.total_pages = counters.total_pages

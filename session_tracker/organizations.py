@@ -37,6 +37,7 @@ class Organization:
         changes: Their order, for watchers and others who follow.
         intake: Takes reports.
         store_rebuilding: Set while the store shared with other replicas is away or being read.
+        suspects: Ids of sessions that may have ended unheard: who took their result may have died before it said so.
     """
 
     def __init__(self, organization_id: UUID, config: SessionsConfig, clock: Clock) -> None:
@@ -46,6 +47,7 @@ class Organization:
         self.changes = self.live.changes
         self.intake = Intake(self.live)
         self.store_rebuilding = False
+        self.suspects: list[str] = []
         self._mirrors = Mirrors(self.live)
         self._config = config
         self._clock = clock
@@ -268,6 +270,7 @@ class Organization:
             if session.state != LOST:
                 self.live.enter(session, LOST, f"no report for {silent:.0f} s", now)
                 self.live.mark(session)
+                self.suspects.append(session.session_id)
             elif silent >= self._config.lost_after_seconds + self._config.forget_lost_after_seconds:
                 self.live.remove(session)
                 return True
@@ -323,6 +326,7 @@ class Organization:
         if session.owner and not session.finished:
             session.owner = ""
             self.live.mark(session)
+            self.suspects.append(session.session_id)
 
 
 class Organizations:

@@ -108,6 +108,10 @@ class RedisEngine:
                 # In a task of its own: a group that failed leaves its task marked as cancelled, before Python 3.13.
                 await asyncio.create_task(self._connect(), name="redis connection")
             except StoreUnavailable as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    # The connection failed while it was being ended: its failure must not hide the end.
+                    raise asyncio.CancelledError from None
                 if self._connection is not None and self._connection.epoch:
                     pause = _FIRST_PAUSE_SECONDS
                 _log.warning("the store is away: this replica goes on with what it knows", reason=str(error))

@@ -69,6 +69,11 @@ class PostgresResults:
         row = await self._database.fetchrow(_SQL["find_results"], [organization_id], [session_id])
         return None if row is None else _recorded(row)
 
+    async def find_all(self, organization_id: UUID, session_ids: Sequence[str]) -> list[RecordedResult]:
+        """Returns the results on record of some sessions, in any order."""
+        rows = await self._database.fetch(_SQL["find_results"], [organization_id] * len(session_ids), session_ids)
+        return [_recorded(row) for row in rows]
+
     async def list(
         self,
         organization_id: UUID,

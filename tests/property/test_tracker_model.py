@@ -280,7 +280,7 @@ class TrackerMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float, looks: int) -> None:
         self.seconds += seconds
         for _ in range(looks):
-            self.loop.run_until_complete(Silence(self.organizations).look())
+            self.loop.run_until_complete(Silence(self.organizations, self.table).look())
             self.expire()
             for name, known in self.live().items():
                 self.look(name, known)
@@ -297,6 +297,11 @@ class TrackerMachine(RuleBasedStateMachine):
         if silent >= LOST_SECONDS:
             if known.state != State.LOST:
                 known.state, known.reason = State.LOST, f"no report for {silent:.0f} s"
+                if (row := self.recorded.get(name)) is not None:
+                    # It was started again after its end: what is on record holds.
+                    known.state, known.page, known.products, known.errors = row[0], *row[2:5]
+                    known.reason, known.ear, known.leaves = row[6], None, self.seconds + FINISHED_SECONDS
+                    self.completed[name] = self.seconds + COMPLETED_SECONDS
         elif known.state == State.RUNNING and without_page >= max(STALLED_SECONDS, 10 * session.interval):
             pace = f" at {session.interval:.1f} s a page" if session.interval else ""
             known.state, known.reason = State.STALLED, f"no page for {without_page:.0f} s{pace}"

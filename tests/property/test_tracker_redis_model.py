@@ -73,7 +73,7 @@ class ReplicasMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "loop"):
             for replica in self.places:
-                self.loop.run_until_complete(replica.engine.close())
+                self.loop.run_until_complete(asyncio.wait_for(replica.engine.close(), 10))
             self.loop.close()
 
     def agree(self) -> None:
@@ -88,7 +88,7 @@ class ReplicasMachine(RuleBasedStateMachine):
             )
 
         try:
-            self.loop.run_until_complete(until(agreed, "both replicas show what is so", 10))
+            self.loop.run_until_complete(until(agreed, "both replicas show what is so", 5))
         except AssertionError as error:
             views = [{n: shown(one) for n, one in replica.acme.sessions.items()} for replica in self.places]
             raise AssertionError(f"wanted {wanted}, have {views}") from error
@@ -150,7 +150,8 @@ class ReplicasMachine(RuleBasedStateMachine):
 
     @rule(place=PLACES)
     def vanish_and_come_back(self, place: int) -> None:
-        self.loop.run_until_complete(self.places[place].vanish())
+        # Bounded: an engine that does not end when it is told to is a fault of its own.
+        self.loop.run_until_complete(asyncio.wait_for(self.places[place].vanish(), 10))
         self.places[place] = self.replica()
         self.agree()
 
@@ -162,7 +163,7 @@ class ReplicasMachine(RuleBasedStateMachine):
 
 def test_replicas_are_as_one(redis_server: RedisServer) -> None:
     machine = type("Machine", (ReplicasMachine,), {"server": redis_server})
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=EXAMPLES,

@@ -127,3 +127,8 @@ class Table:
 
     async def find(self, organization_id: UUID, session_id: str) -> RecordedResult | None:
         return self.rows.get(session_id)
+
+    async def find_all(self, organization_id: UUID, session_ids: Sequence[str]) -> list[RecordedResult]:
+        if self.fails:
+            raise DatabaseUnavailable("away")
+        return [self.rows[session_id] for session_id in session_ids if session_id in self.rows]

@@ -19,8 +19,10 @@ from session_tracker.config import SessionsConfig
 from session_tracker.errors import SessionAlreadyCompleted, SessionLimitReached, SessionNotFound
 from session_tracker.organizations import STALE, TAKEN, UNKNOWN, Organization, Organizations
 from session_tracker.rate import Rate
+from session_tracker.results import Result
 from session_tracker.sessions import Lease, Registration, Session, State
 from session_tracker.silence import Silence
+from tests.support.tracker_model import Table
 
 ORGANIZATION = UUID(int=1)
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -190,11 +192,31 @@ def test_a_pause_is_not_a_stall_and_does_not_count_as_pace() -> None:
     assert remaining(session, hands.seconds) == pytest.approx(12.0)
 
 
+async def test_a_session_whose_end_was_never_heard_of_ends_by_its_result_on_record() -> None:
+    hands = Hands()
+    organizations = Organizations(SessionsConfig(), hands.clock())
+    tracker = organizations.of(ORGANIZATION)
+    table = Table(hands.clock())
+    silence = Silence(organizations, table)
+    session, other = tracker.start(Registration("s")), tracker.start(Registration("other"))
+    started = datetime(2026, 1, 1, tzinfo=UTC)
+    result = Result(ORGANIZATION, "s", State.FAILED, "end", 7, 5, 2, started, "", "", "", "no such page")
+    await table.record([result])
+    hands.seconds += 120
+    table.fails = True
+    await silence.look()
+    assert (state(session), state(other)) == (State.LOST, State.LOST)
+    table.fails = False
+    await silence.look()
+    assert (state(session), session.current_page, session.reason) == (State.FAILED, 7, "no such page")
+    assert state(other) is State.LOST
+
+
 async def test_a_silent_session_is_lost_comes_back_by_a_report_and_is_forgotten_in_the_end() -> None:
     hands = Hands()
     organizations = Organizations(SessionsConfig(forget_lost_after_seconds=600), hands.clock())
     tracker = organizations.of(ORGANIZATION)
-    silence = Silence(organizations)
+    silence = Silence(organizations, Table(hands.clock()))
     session = tracker.start(Registration("s"))
     tracker.start(Registration("kept"))
     hands.seconds += 119

@@ -130,8 +130,8 @@ class Fleet:
                 "MUSTER_SESSION_TRACKER__POSTGRES__DSN": self.postgres.dsn("muster_session_tracker", _DATABASE),
                 "MUSTER_SESSION_TRACKER__IDENTITY__DSN": self.identity_dsn,
                 "MUSTER_SESSION_TRACKER__ENGINE__URL": self.redis.url,
-                # So that sessions are lost, come back and leave within the run.
-                "MUSTER_SESSION_TRACKER__SESSIONS__LOST_AFTER_SECONDS": "4",
+                # So that sessions leave within the run, and none is lost between its last report and the last look.
+                "MUSTER_SESSION_TRACKER__SESSIONS__LOST_AFTER_SECONDS": "40",
                 "MUSTER_SESSION_TRACKER__SESSIONS__FINISHED_SECONDS": "3",
                 "MUSTER_SESSION_TRACKER__ENGINE__BEAT_SECONDS": "0.3",
                 "MUSTER_SESSION_TRACKER__ENGINE__REPLICA_LIFE_SECONDS": "1.5",
