@@ -125,7 +125,7 @@ def cycles(bench: Bench) -> Measure:
     baseline: list[float] = []
     for _ in range(bench.plan.rounds):
         main.renew()
-        ours.append(bench.rate(bench.load("cycle", [server], main.key, bench.plan.seconds)))
+        ours.append(bench.rate(bench.load("cycle", [server], main.key, bench.plan.seconds, in_flight=_AHEAD)))
         baseline.append(queue.run(bench.plan.jobs))
         bench.said(f"  {ours[-1]:,.0f}/s, PgQueuer {baseline[-1]:,.0f}/s")
     return Measure(2, "allocate + submit, batches of 32, against PgQueuer", "1/s", ours, baseline, 1.5)
