@@ -13,7 +13,7 @@ from allocator.audit import Deed
 from allocator.positions import time_position, uuid_position
 from allocator.translation import day_text, moment
 from services import pages, requests
-from services.call import Principal, current
+from services.call import Principal
 from services.status import Context, code_number
 from services.validate import Checks
 
@@ -53,7 +53,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.RevokeLeasesResponse:
         """Ends leases without their holders."""
         checks = Checks()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         act = _act(checks, request, principal, "RevokeLeases", request)
         keys = _keys(checks, request.allocation_keys, _MOST_LEASES)
         checks.done()
@@ -65,7 +65,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ReleaseByAgeResponse:
         """Revokes leases that were granted long ago."""
         checks = Checks()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         act = _act(checks, request, principal, "ReleaseByAge", request)
         older_than = checks.duration(request, "older_than", least=0, most=_DAY_SECONDS, required=True)
         slot_id = checks.uuid("slot_id", request.slot_id) if request.slot_id else None
@@ -91,7 +91,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ReopenQuotaResponse:
         """Lets a slot's day hand out more units."""
         checks = Checks()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         act = _act(checks, request, principal, "ReopenQuota", request)
         slot_id = checks.uuid("slot_id", request.slot_id)
         day = checks.day("work_date", request.work_date, required=False)
@@ -110,7 +110,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         size = checks.page(request.page_size)
         slot_id = checks.uuid("slot_id", request.slot_id) if request.slot_id else None
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         scope = f"ListQuarantinedResults {principal.organization_id} {slot_id}"
         after = uuid_position(pages.decode(request.page_token, scope))
         results = await self._quarantine.page(principal.organization_id, slot_id, after, size)
@@ -137,7 +137,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.AcceptQuarantinedResultsResponse:
         """Records results that came too late to count."""
         checks = Checks()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         act = _act(checks, request, principal, "AcceptQuarantinedResults", request)
         keys = _keys(checks, request.allocation_keys, _MOST_RESULTS)
         checks.done()
@@ -149,7 +149,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.DiscardQuarantinedResultsResponse:
         """Gives results up that came too late to count."""
         checks = Checks()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         act = _act(checks, request, principal, "DiscardQuarantinedResults", request)
         keys = _keys(checks, request.allocation_keys, _MOST_RESULTS)
         checks.done()
@@ -164,7 +164,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         size = checks.page(request.page_size)
         action = checks.text("action", request.action, max_length=64)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         scope = f"ListAuditEntries {principal.organization_id} {action}"
         before = time_position(pages.decode(request.page_token, scope))
         entries = await self._audit.page(principal.organization_id, action or None, before, size)
@@ -187,11 +187,6 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             ],
             next_page_token=token,
         )
-
-    async def _principal(self) -> Principal:
-        principal = current().principal
-        await self._clients.meet_organization(principal.organization_id, principal.time_zone)
-        return principal
 
 
 def _act(checks: Checks, owner: _ActRequest, principal: Principal, action: str, request: Message) -> Act:

@@ -12,7 +12,7 @@ from allocator.leases import Status
 from allocator.positions import text_position
 from allocator.translation import moment
 from services import pages, requests
-from services.call import Principal, current
+from services.call import Principal
 from services.status import Context
 from services.validate import Checks
 
@@ -42,7 +42,7 @@ class ClientServicer(client_pb2_grpc.ClientServiceServicer):
         size = checks.page(request.page_size)
         checks.done()
         online = request.online if request.HasField("online") else None
-        principal = await self._principal()
+        principal = await self._clients.caller()
         scope = f"ListClients {principal.organization_id} {online}"
         after = text_position(pages.decode(request.page_token, scope))
         clients = await self._store.page(principal.organization_id, after, size, online=online)
@@ -56,7 +56,7 @@ class ClientServicer(client_pb2_grpc.ClientServiceServicer):
         checks = Checks()
         client_id = checks.identifier("client_id", request.client_id)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         client = await self._store.set_draining(
             principal.organization_id, client_id, request.draining, _deed(principal, "SetClientDraining", request)
         )
@@ -71,18 +71,13 @@ class ClientServicer(client_pb2_grpc.ClientServiceServicer):
         client_id = checks.identifier("client_id", request.client_id)
         number = checks.number("instance_number", request.instance_number, least=0, most=65535)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         released = await self._store.declare_dead(
             principal.organization_id, client_id, number, _deed(principal, "DeclareInstanceDead", request)
         )
         self._clients.declared_dead(principal.organization_id, client_id, number)
         self._leases.gave_back(principal.organization_id, released, Status.RELEASED)
         return client_pb2.DeclareInstanceDeadResponse(released_leases=released)
-
-    async def _principal(self) -> Principal:
-        principal = current().principal
-        await self._clients.meet_organization(principal.organization_id, principal.time_zone)
-        return principal
 
 
 def _deed(principal: Principal, action: str, request: Message) -> Deed:

@@ -16,6 +16,7 @@ from uuid import UUID
 
 import structlog
 
+from services.call import Principal, current
 from services.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
@@ -88,6 +89,12 @@ class Clients:
         self._zones: dict[UUID, str] = {}
         self._noted: dict[tuple[UUID, ClientIdentity], float] = {}
         self._renewed: dict[tuple[UUID, str, int], float] = {}
+
+    async def caller(self) -> Principal:
+        """Returns who makes the call in hand, once its organization is known here. Raises: DatabaseUnavailable."""
+        principal = current().principal
+        await self.meet_organization(principal.organization_id, principal.time_zone)
+        return principal
 
     async def meet_organization(self, organization_id: UUID, time_zone: str) -> None:
         """Makes the organization known with its time zone. Raises: DatabaseUnavailable."""

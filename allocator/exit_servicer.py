@@ -18,7 +18,6 @@ from allocator.exits import DEFAULT_CAP, CapMode, Exit, ExitSpec, is_endpoint
 from allocator.positions import pair_position, time_position, uuid_position
 from allocator.translation import moment
 from services import pages, requests
-from services.call import Principal, current
 from services.status import Context
 from services.validate import Checks
 
@@ -67,7 +66,7 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         specs = [_spec(checks, f"exits[{number}]", spec) for number, spec in enumerate(request.exits[:500])]
         checks.unique("exits.endpoint", (spec.endpoint for spec in specs))
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         exits = await self._store.import_exits(principal.organization_id, specs, limit=self._limit)
         self._availability.outdate(principal.organization_id)
         return exit_pb2.ImportExitsResponse(exits=[_message(exit_) for exit_ in exits])
@@ -77,7 +76,7 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         checks = Checks()
         size = checks.page(request.page_size)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         scope = f"ListExits {principal.organization_id}"
         after = uuid_position(pages.decode(request.page_token, scope))
         exits = await self._store.page(principal.organization_id, after, size)
@@ -91,7 +90,7 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         checks = Checks()
         exit_id = checks.uuid("exit_id", request.exit_id)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         exit_ = await self._store.set_enabled(principal.organization_id, exit_id, request.enabled)
         self._availability.outdate(principal.organization_id)
         return exit_pb2.SetExitEnabledResponse(exit=_message(exit_))
@@ -103,7 +102,7 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         exit_id = checks.uuid("exit_id", request.exit_id)
         reason = checks.text("reason", request.reason, max_length=256)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         exit_ = await self._store.toggle(
             principal.organization_id,
             exit_id,
@@ -123,7 +122,7 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         exit_id = checks.uuid("exit_id", request.exit_id, required=False) if request.exit_id else None
         size = checks.page(request.page_size)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         scope = f"ListExitToggles {principal.organization_id} {exit_id}"
         before = time_position(pages.decode(request.page_token, scope))
         toggles = await self._store.page_of_toggles(principal.organization_id, exit_id, before, size)
@@ -153,7 +152,7 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         target = checks.text("target", request.target, max_length=128) or None
         size = checks.page(request.page_size)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         scope = f"ListExitHealth {principal.organization_id} {exit_id} {target}"
         after = pair_position(pages.decode(request.page_token, scope))
         standings = await self._health.page(principal.organization_id, exit_id, target, after, size)
@@ -172,7 +171,7 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         exit_id = checks.uuid("exit_id", request.exit_id)
         target = checks.text("target", request.target, max_length=128) if request.HasField("target") else None
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         cleared = await self._health.clear(principal.organization_id, exit_id, target)
         self._availability.outdate(principal.organization_id)
         return exit_pb2.ClearExitHealthResponse(cleared=cleared)
@@ -184,7 +183,7 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         checks = Checks()
         region = checks.text("region", request.region, max_length=64)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         forecast = await self._forecast.forecast(principal.organization_id, region)
         return exit_pb2.ForecastExitsResponse(
             room=forecast.room,
@@ -199,7 +198,7 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         self, request: exit_pb2.ListExitProvidersRequest, context: Context
     ) -> exit_pb2.ListExitProvidersResponse:
         """Reads the external providers."""
-        await self._principal()
+        await self._clients.caller()
         pending = await self._releases.pending()
         return exit_pb2.ListExitProvidersResponse(
             providers=[
@@ -215,11 +214,6 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
                 for name, provider in sorted(self._providers.items())
             ]
         )
-
-    async def _principal(self) -> Principal:
-        principal = current().principal
-        await self._clients.meet_organization(principal.organization_id, principal.time_zone)
-        return principal
 
 
 def _spec(checks: Checks, path: str, spec: exit_pb2.ExitSpec) -> ExitSpec:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from uuid import UUID
-
 from muster.allocator.v1 import insight_pb2, insight_pb2_grpc, work_pb2
 
 from allocator.allocation import Allocation
@@ -25,7 +23,6 @@ from allocator.translation import (
 from allocator.weekly import WeekOfClient
 from allocator.weekly_store import WeeklyStore
 from services import pages
-from services.call import current
 from services.status import Context
 from services.validate import Checks
 
@@ -63,7 +60,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         client_id = checks.identifier("client_id", request.client_id, required=False)
         checks.done()
         blockers, units = await self._explanation.explain(
-            await self._organization(), slot_id, target or None, region or None, client_id
+            (await self._clients.caller()).organization_id, slot_id, target or None, region or None, client_id
         )
         return insight_pb2.ExplainAllocationResponse(
             blockers=[
@@ -91,7 +88,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         region = checks.text("region", request.region, max_length=64)
         checks.done()
         outcome = await self._allocation.simulate(
-            await self._organization(), client.client_id, items, target or None, region or None
+            (await self._clients.caller()).organization_id, client.client_id, items, target or None, region or None
         )
         if isinstance(outcome, NoWork):
             return insight_pb2.SimulateAllocationResponse(no_work=no_work_message(outcome))
@@ -111,7 +108,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
 
     async def GetTotals(self, request: insight_pb2.GetTotalsRequest, context: Context) -> insight_pb2.GetTotalsResponse:
         """Reads the live figures."""
-        totals = await self._reports.totals(await self._organization())
+        totals = await self._reports.totals((await self._clients.caller()).organization_id)
         return insight_pb2.GetTotalsResponse(
             active_slots=totals.active_slots,
             leased=totals.leased,
@@ -134,7 +131,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         day = checks.day("work_date", request.work_date, required=False)
         size = checks.page(request.page_size)
         checks.done()
-        organization_id = await self._organization()
+        organization_id = (await self._clients.caller()).organization_id
         scope = f"GetDashboard {organization_id} {request.work_date}"
         after = rate_position(pages.decode(request.page_token, scope))
         rows = await self._reports.dashboard(organization_id, day, after, size)
@@ -159,7 +156,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         checks = Checks()
         day = checks.day("work_date", request.work_date, required=False)
         checks.done()
-        rows = await self._reports.client_performance(await self._organization(), day)
+        rows = await self._reports.client_performance((await self._clients.caller()).organization_id, day)
         return insight_pb2.GetClientPerformanceResponse(
             clients=[
                 insight_pb2.ClientPerformance(
@@ -187,14 +184,16 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         target = checks.text("target", request.target, max_length=128)
         checks.done()
         names = tuple(sorted(request.settings))
-        rows = await self._reports.settings_effect(await self._organization(), names, target or None)
+        rows = await self._reports.settings_effect(
+            (await self._clients.caller()).organization_id, names, target or None
+        )
         return insight_pb2.GetSettingsEffectResponse(groups=[_effect(row) for row in rows])
 
     async def GetBlockReport(
         self, request: insight_pb2.GetBlockReportRequest, context: Context
     ) -> insight_pb2.GetBlockReportResponse:
         """Reads the last hour's blocks."""
-        rows = await self._reports.blocks(await self._organization())
+        rows = await self._reports.blocks((await self._clients.caller()).organization_id)
         return insight_pb2.GetBlockReportResponse(
             blocks=[
                 insight_pb2.BlockCount(
@@ -213,7 +212,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         address = checks.address("client_ip", request.client_ip)
         checks.done()
         rows = await self._reports.client_activity(
-            await self._organization(), client_id or None, None if client_id else address
+            (await self._clients.caller()).organization_id, client_id or None, None if client_id else address
         )
         return insight_pb2.GetClientActivityResponse(
             clients=[
@@ -237,7 +236,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         client_id = checks.identifier("client_id", request.client_id, required=False)
         size = checks.page(request.page_size)
         checks.done()
-        organization_id = await self._organization()
+        organization_id = (await self._clients.caller()).organization_id
         scope = f"ListWeeklyStatistics {organization_id} {request.week} {client_id}"
         after = week_position(pages.decode(request.page_token, scope))
         rows = await self._weekly.page(organization_id, day, client_id or None, after, size)
@@ -255,7 +254,7 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         slot_id = checks.uuid("slot_id", request.slot_id, required=False) if request.slot_id else None
         size = checks.page(request.page_size)
         checks.done()
-        organization_id = await self._organization()
+        organization_id = (await self._clients.caller()).organization_id
         scope = f"ListAllocations {organization_id} {request.work_date} {status} {slot_id}"
         before = uuid_position(pages.decode(request.page_token, scope))
         records = await self._store.allocations(
@@ -265,11 +264,6 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         return insight_pb2.ListAllocationsResponse(
             allocations=[_record(record) for record in records], next_page_token=token
         )
-
-    async def _organization(self) -> UUID:
-        principal = current().principal
-        await self._clients.meet_organization(principal.organization_id, principal.time_zone)
-        return principal.organization_id
 
 
 def _effect(effect: SettingsEffect) -> insight_pb2.SettingsEffect:

@@ -18,7 +18,6 @@ from allocator.slot_store import SlotStore
 from allocator.slots import CHANGEABLE, Pacing, PersonaNeed, Slot, SlotFilter, SlotSpec
 from allocator.translation import day_text, item_error, moment, settings, settings_message, tracking_message
 from services import pages, requests
-from services.call import Principal, current
 from services.errors import DomainError
 from services.status import Context
 from services.validate import Checks
@@ -69,7 +68,7 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
             checks.fail("spec", "required")
         spec = self._spec(checks, request.spec)
         checks.done()
-        organization_id = (await self._principal()).organization_id
+        organization_id = (await self._clients.caller()).organization_id
         slot = await self._store.create(organization_id, request_id, requests.digest(request), spec)
         self._outdate(organization_id)
         return slot_pb2.CreateSlotResponse(slot=_message(slot))
@@ -79,7 +78,7 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         checks = Checks()
         slot_id = checks.uuid("slot_id", request.slot_id)
         checks.done()
-        slot = await self._store.get((await self._principal()).organization_id, slot_id)
+        slot = await self._store.get((await self._clients.caller()).organization_id, slot_id)
         return slot_pb2.GetSlotResponse(slot=_message(slot))
 
     async def ListSlots(self, request: slot_pb2.ListSlotsRequest, context: Context) -> slot_pb2.ListSlotsResponse:
@@ -93,7 +92,7 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         checks.done()
         is_active = request.is_active if request.HasField("is_active") else None
         wanted = SlotFilter(target, is_active, prefix, code, external_id)
-        organization_id = (await self._principal()).organization_id
+        organization_id = (await self._clients.caller()).organization_id
         scope = f"ListSlots {organization_id} {wanted}"
         after = uuid_position(pages.decode(request.page_token, scope))
         slots = await self._store.page(organization_id, after, size, wanted)
@@ -116,7 +115,7 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         fields = self._fields(checks, request.spec)
         given = {name: fields[name]() for name in names if name in CHANGEABLE}
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         slot = await self._store.update(
             principal.organization_id, slot_id, given, etag=etag, actor=principal.key_id, reason=reason
         )
@@ -138,7 +137,7 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         slot_id = checks.uuid("slot_id", request.slot_id)
         reason = checks.text("reason", request.reason, max_length=256)
         checks.done()
-        principal = await self._principal()
+        principal = await self._clients.caller()
         slot = await self._store.update(
             principal.organization_id,
             slot_id,
@@ -154,7 +153,7 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         self, request_iterator: AsyncIterator[slot_pb2.ImportSlotsRequest], context: Context
     ) -> AsyncIterator[slot_pb2.ImportSlotsResponse]:
         """Makes slots from a stream; while one batch is written, the next rows queue."""
-        organization_id = (await self._principal()).organization_id
+        organization_id = (await self._clients.caller()).organization_id
         rows: asyncio.Queue[slot_pb2.ImportSlotsRequest | BaseException | None] = asyncio.Queue(_IMPORT_QUEUE)
 
         async def read() -> None:
@@ -216,7 +215,7 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         slot_id = checks.uuid("slot_id", request.slot_id)
         size = checks.page(request.page_size)
         checks.done()
-        organization_id = (await self._principal()).organization_id
+        organization_id = (await self._clients.caller()).organization_id
         scope = f"ListSlotHistory {organization_id} {slot_id}"
         before = time_position(pages.decode(request.page_token, scope))
         changes = await self._store.history(organization_id, slot_id, before, size)
@@ -239,11 +238,6 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
     def _outdate(self, organization_id: UUID) -> None:
         self._availability.outdate(organization_id)
         self._reports.outdate(organization_id)
-
-    async def _principal(self) -> Principal:
-        principal = current().principal
-        await self._clients.meet_organization(principal.organization_id, principal.time_zone)
-        return principal
 
     def _spec(self, checks: Checks, spec: slot_pb2.SlotSpec) -> SlotSpec:
         values = {name: check() for name, check in self._fields(checks, spec).items()}

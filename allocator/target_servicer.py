@@ -12,7 +12,6 @@ from allocator.positions import text_position
 from allocator.targets import SLOT_PREFIX, TargetPolicy, Targets, TargetState
 from allocator.translation import moment
 from services import pages
-from services.call import current
 from services.status import Context
 from services.validate import Checks
 
@@ -48,7 +47,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             min_delay_ms=round((seconds or 0.0) * 1000),
             auto_pause=policy.auto_pause if policy.HasField("auto_pause") else True,
         )
-        state = await self._targets.set_policy(await self._organization(), target, wanted)
+        state = await self._targets.set_policy((await self._clients.caller()).organization_id, target, wanted)
         return target_pb2.SetTargetPolicyResponse(target=_message(state))
 
     async def ListTargets(
@@ -58,7 +57,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         checks = Checks()
         size = checks.page(request.page_size)
         checks.done()
-        organization_id = await self._organization()
+        organization_id = (await self._clients.caller()).organization_id
         scope = f"ListTargets {organization_id} {request.only_stopped}"
         after = text_position(pages.decode(request.page_token, scope))
         states = await self._targets.page(organization_id, after, size, only_stopped=request.only_stopped)
@@ -77,7 +76,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         reason = checks.text("reason", request.reason, max_length=256)
         checks.done()
         assert seconds is not None
-        state = await self._targets.hold(await self._organization(), target, seconds, reason or "held by an operator")
+        state = await self._targets.hold(
+            (await self._clients.caller()).organization_id, target, seconds, reason or "held by an operator"
+        )
         return target_pb2.HoldTargetResponse(target=_message(state))
 
     async def ResumeTarget(
@@ -87,13 +88,8 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         checks = Checks()
         target = _target(checks, request.target)
         checks.done()
-        state = await self._targets.resume(await self._organization(), target)
+        state = await self._targets.resume((await self._clients.caller()).organization_id, target)
         return target_pb2.ResumeTargetResponse(target=_message(state))
-
-    async def _organization(self) -> UUID:
-        principal = current().principal
-        await self._clients.meet_organization(principal.organization_id, principal.time_zone)
-        return principal.organization_id
 
 
 def _target(checks: Checks, value: str) -> str:

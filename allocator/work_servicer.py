@@ -8,7 +8,6 @@ import re
 from collections.abc import AsyncIterator
 from functools import lru_cache
 from typing import Any
-from uuid import UUID
 
 from muster.allocator.v1 import work_pb2, work_pb2_grpc
 
@@ -27,7 +26,6 @@ from allocator.translation import (
     moment,
     no_work_message,
 )
-from services.call import current
 from services.errors import DomainError, InvalidField
 from services.status import Context
 from services.validate import Checks
@@ -81,7 +79,7 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         if demand.traceparent and not _TRACEPARENT.match(demand.traceparent):
             checks.fail("traceparent", "must be a W3C traceparent of version 00, 55 characters")
         checks.done()
-        outcome = await self._allocation.allocate(await self._organization(), client, demand, wait)
+        outcome = await self._allocation.allocate((await self._clients.caller()).organization_id, client, demand, wait)
         if isinstance(outcome, NoWork):
             return work_pb2.AllocateWorkResponse(no_work=no_work_message(outcome)).SerializeToString()
         return packages_bytes(outcome, self._allocation.duration_seconds)
@@ -89,7 +87,7 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
     async def RenewLeases(self, request: work_pb2.RenewLeasesRequest, context: Context) -> work_pb2.RenewLeasesResponse:
         """Renews leases."""
         names = _names(request.leases)
-        answers = await self._leases.renew(await self._organization(), names)
+        answers = await self._leases.renew((await self._clients.caller()).organization_id, names)
         return work_pb2.RenewLeasesResponse(
             leases=[
                 work_pb2.RenewedLease(allocation_key=str(name.key), error=item_error(answer))
@@ -106,7 +104,7 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         checks = Checks()
         reason = checks.text("reason", request.reason, max_length=256)
         names = _names(request.leases, checks)
-        answers = await self._leases.release(await self._organization(), names, reason)
+        answers = await self._leases.release((await self._clients.caller()).organization_id, names, reason)
         return work_pb2.ReleaseLeasesResponse(
             leases=[
                 work_pb2.ReleasedLease(allocation_key=str(name.key), error=item_error(error) if error else None)
@@ -122,7 +120,7 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         client = client_identity(checks, request, context)
         given = submissions(checks, request, client)
         checks.done()
-        answered = await self._results.submit(await self._organization(), client, given)
+        answered = await self._results.submit((await self._clients.caller()).organization_id, client, given)
         return answers_bytes(given, answered)
 
     async def Heartbeat(self, request: work_pb2.HeartbeatRequest, context: Context) -> work_pb2.HeartbeatResponse:
@@ -130,7 +128,7 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         checks = Checks()
         client = client_identity(checks, request, context)
         checks.done()
-        organization_id = await self._organization()
+        organization_id = (await self._clients.caller()).organization_id
         released = 0
         if request.goodbye:
             released = await self._leases.goodbye(organization_id, client.client_id, client.instance_number)
@@ -214,11 +212,6 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
             raise
         except DomainError as error:
             return sequence, work_pb2.WorkStreamResponse(sequence=sequence, error=item_error(error))
-
-    async def _organization(self) -> UUID:
-        principal = current().principal
-        await self._clients.meet_organization(principal.organization_id, principal.time_zone)
-        return principal.organization_id
 
 
 def _stream_answer(sequence: int, tag: bytes, answer: bytes) -> bytes:
