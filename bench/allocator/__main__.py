@@ -14,7 +14,8 @@ from pathlib import Path
 
 import grpc
 
-from bench.allocator import servers, table
+from bench import processes, table
+from bench.allocator import servers
 from bench.allocator.fleet import Fleet
 from bench.allocator.rows import ROWS, Bench, Plan, summary
 
@@ -44,7 +45,7 @@ def main() -> int:
         # Ends the replicas first, then the server, then removes its data.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="muster-bench-")))
         folder.chmod(0o755)
-        postgres = stack.enter_context(servers.postgres(folder))
+        postgres = stack.enter_context(processes.postgres(folder, servers.POSTGRES))
         fleet = stack.enter_context(Fleet(plan.warm_seconds))
         bench = Bench(plan, folder, postgres, fleet, stack)
         for number in numbers:

@@ -14,13 +14,14 @@ import grpc
 import psycopg
 from muster.allocator.v1 import work_pb2, work_pb2_grpc
 
+from bench import processes
 from bench.allocator import servers, stock
 from bench.allocator.baselines import OneByOne, Queue
 from bench.allocator.fleet import Fleet
 from bench.allocator.load import Tally
-from bench.allocator.servers import Server
 from bench.allocator.stock import Stock
-from bench.allocator.table import Measure, spread
+from bench.processes import Server
+from bench.table import Measure, spread
 from services.launcher.postgres import EmbeddedPostgres
 
 _DRAIN_SLOTS, _DRAIN_QUOTA = 200, 50
@@ -66,7 +67,7 @@ class Bench:
     def main(self) -> tuple[Stock, Server]:
         """The database with 30,000 slots and 500 exits, and the replica that serves it; as new."""
         if self._main is None:
-            made = stock.fill(servers.make_database(self.postgres, "main"), stock.SLOTS)
+            made = stock.fill(processes.make_database(self.postgres, "main"), stock.SLOTS)
             self._main = made, self.stack.enter_context(servers.replica(made.dsn, self.folder))
         self._main[0].renew()
         return self._main
@@ -91,7 +92,7 @@ def durable(bench: Bench) -> Measure:
     """Allocations a second on streams, against pgbench with one allocation per transaction; then both for long."""
     plan = bench.plan
     main, server = bench.main()
-    one_by_one = OneByOne(servers.make_database(bench.postgres, "one_by_one"), bench.folder)
+    one_by_one = OneByOne(processes.make_database(bench.postgres, "one_by_one"), bench.folder)
     ours: list[float] = []
     baseline: list[float] = []
     for _ in range(plan.rounds):
@@ -120,7 +121,7 @@ def durable(bench: Bench) -> Measure:
 def cycles(bench: Bench) -> Measure:
     """Units allocated and submitted a second, in batches of 32, against the jobs a second of PgQueuer."""
     main, server = bench.main()
-    queue = Queue(servers.make_database(bench.postgres, "queue"))
+    queue = Queue(processes.make_database(bench.postgres, "queue"))
     ours: list[float] = []
     baseline: list[float] = []
     for _ in range(bench.plan.rounds):
@@ -171,7 +172,7 @@ def many_slots(bench: Bench) -> Measure:
     plan = bench.plan
     few, few_server = bench.main()
     begun = time.monotonic()
-    many = stock.fill(servers.make_database(bench.postgres, "many"), plan.many_slots)
+    many = stock.fill(processes.make_database(bench.postgres, "many"), plan.many_slots)
     bench.said(f"  {plan.many_slots:,} slots made in {time.monotonic() - begun:.0f} s")
     ours: list[float] = []
     baseline: list[float] = []
@@ -276,7 +277,7 @@ def _drained(bench: Bench) -> tuple[int, float]:
     Returns:
         The units handed out, and by how many seconds the first "no work" preceded a request that still got units.
     """
-    small = stock.fill(servers.make_database(bench.postgres, "small"), _DRAIN_SLOTS, quota=_DRAIN_QUOTA, exits=0)
+    small = stock.fill(processes.make_database(bench.postgres, "small"), _DRAIN_SLOTS, quota=_DRAIN_QUOTA, exits=0)
     with (
         servers.replica(small.dsn, bench.folder) as first,
         servers.replica(small.dsn, bench.folder) as second,

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import grpc
 
-from bench.tracker import servers, table
+from bench import processes, table
+from bench.tracker import servers
 from bench.tracker.rows import ROWS, Bench, Plan
 
 FULL = Plan(rounds=3, seconds=15, live=10_000, sessions=100_000, whole_runs=300)
@@ -41,7 +42,7 @@ def main() -> int:
         # Ends the services first, then the server, then removes its data.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="muster-bench-")))
         folder.chmod(0o755)
-        bench = Bench(plan, folder, stack.enter_context(servers.postgres(folder)), stack)
+        bench = Bench(plan, folder, stack.enter_context(processes.postgres(folder, servers.POSTGRES)), stack)
         for number in numbers:
             row = ROWS[number]
             begun = time.monotonic()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.allocator import table
-from bench.allocator.table import Measure
+from bench import table
+from bench.table import Measure
 
 
 def test_the_ratio_is_the_median_over_neighbouring_rounds() -> None:
