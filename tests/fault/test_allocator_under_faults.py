@@ -20,10 +20,6 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from muster.allocator.v1 import exit_pb2, target_pb2
 
-from services.call import Role
-from services.config import PostgresConfig
-from services.identity.keys import KeyStore
-from services.postgres import Database
 from tests.fault.allocator import history, tables
 from tests.fault.allocator.caller import Call, Caller
 from tests.fault.allocator.checker import Facts, check, judged
@@ -53,7 +49,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
 async def test_a_fleet_under_faults_leaves_a_sound_history(fleet: Fleet) -> None:
     print(f"MUSTER_FAULT_SEED={SEED} MUSTER_FAULT_SECONDS={SECONDS:g}")
     chance = random.Random(SEED)
-    keys = await _keys(fleet)
+    keys = await fleet.keys()
     exits, slots = await asyncio.to_thread(_furnish, fleet, keys["operator"])
     end = time.time() + SECONDS
     fleet.begin(keys=keys, slots=slots, exits=[name for name, facts in exits.items() if facts.mode == 1], end=end)
@@ -66,19 +62,6 @@ async def test_a_fleet_under_faults_leaves_a_sound_history(fleet: Fleet) -> None
     print(_summary(faults, evidence, stored))
     assert not violations, "\n".join(f"{one.kind}: {one.text}" for one in violations[:20])
     _enough(faults, evidence)
-
-
-async def _keys(fleet: Fleet) -> dict[str, str]:
-    dsn = fleet.postgres.dsn("muster_identity", "muster")
-    database = await Database.connect(PostgresConfig.model_validate({"dsn": dsn}), "keys")
-    try:
-        store = KeyStore(database)
-        return {
-            name: (await store.create("fleet", role))[1]
-            for name, role in (("worker", Role.WORKER), ("operator", Role.OPERATOR))
-        }
-    finally:
-        await database.close()
 
 
 def _furnish(fleet: Fleet, key: str) -> tuple[dict[str, ExitFacts], list[str]]:

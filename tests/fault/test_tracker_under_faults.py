@@ -17,10 +17,6 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from services.call import Role
-from services.config import PostgresConfig
-from services.identity.keys import KeyStore
-from services.postgres import Database
 from session_tracker.sessions import State
 from tests.fault.tracker import history
 from tests.fault.tracker.checker import Row, Violation, check, held, truth, unhealed
@@ -52,7 +48,7 @@ async def fleet(tmp_path: Path, redis_server: RedisServer) -> AsyncIterator[Flee
 async def test_workers_and_watchers_under_faults(fleet: Fleet) -> None:
     print(f"MUSTER_FAULT_SEED={SEED} MUSTER_FAULT_SECONDS={SECONDS:g}")
     end = time.time() + SECONDS
-    fleet.begin(await _keys(fleet), end, end + _HEAL_SECONDS)
+    fleet.begin(await fleet.keys(), end, end + _HEAL_SECONDS)
     faults = Faults(fleet, random.Random(SEED))
     # The last fault may take some seconds.
     await faults.until(end - 6)
@@ -64,18 +60,6 @@ async def test_workers_and_watchers_under_faults(fleet: Fleet) -> None:
     print(_summary(faults, events, rows))
     assert not violations, "\n".join(f"{one.kind}: {one.text}" for one in violations[:20])
     _enough(faults, events)
-
-
-async def _keys(fleet: Fleet) -> dict[str, str]:
-    database = await Database.connect(PostgresConfig.model_validate({"dsn": fleet.identity_dsn}), "keys")
-    try:
-        store = KeyStore(database)
-        return {
-            name: (await store.create("fleet", role))[1]
-            for name, role in (("worker", Role.WORKER), ("operator", Role.OPERATOR))
-        }
-    finally:
-        await database.close()
 
 
 async def _agreed(fleet: Fleet) -> list[Violation]:

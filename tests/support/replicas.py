@@ -74,8 +74,8 @@ class Replica:
         self.acme.settle()
         return {
             session.session_id: (
-                session.sequence,
-                session.revision,
+                # Whoever ended it may not have heard its last report, which others had, and nobody owns what has ended.
+                None if session.finished else (session.sequence, session.revision),
                 session.state,
                 session.current_page,
                 session.total_pages,
@@ -88,7 +88,7 @@ class Replica:
                 session.rarities.errors_by_class,
                 # Nobody is told what is left of a finished session's.
                 None if session.finished else session.rarities.command,
-                session.owner or self.engine.replica,
+                None if session.finished else session.owner or self.engine.replica,
             )
             for session in self.acme.sessions.values()
         }

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
 
-import psutil
-
-from tests.fault.allocator.fleet import REPLICAS, Fleet
+from tests.fault.allocator.fleet import Fleet
+from tests.fault.troubles import Troubles
 
 
 class Faults:
@@ -26,70 +23,31 @@ class Faults:
     def __init__(self, fleet: Fleet, chance: random.Random) -> None:
         self._fleet = fleet
         self._chance = chance
-        self.done: Counter[str] = Counter()
+        self._troubles = Troubles(
+            fleet,
+            chance,
+            {"worker killed": self._kill_worker, "worker stopped": self._stop_worker},
+            away_seconds=(0.0, 0.3, 1.0),
+            # Sometimes beyond the life of the leases that it is just handing out.
+            stopped_seconds=(0.3, 1.0, 4.0),
+        )
+
+    @property
+    def done(self) -> Counter[str]:
+        """How often each kind was done."""
+        return self._troubles.done
 
     async def until(self, end: float) -> None:
         """Goes on until a moment, in seconds of the epoch; then everything runs again."""
-        kinds: dict[str, Callable[[], Coroutine[None, None, None]]] = {
-            "replica killed": self._kill_replica,
-            "replica stopped": self._stop_replica,
-            "replica restarted": self._restart_replica,
-            "postgres killed": self._kill_postgres,
-            "postgres stopped": self._stop_postgres,
-            "worker killed": self._kill_worker,
-            "worker stopped": self._stop_worker,
-        }
-        deck: list[str] = []
         async with asyncio.TaskGroup() as pending:
             while time.time() < end:
-                if not deck:
-                    deck = list(kinds)
-                    self._chance.shuffle(deck)
-                kind = deck.pop()
+                kind, trouble = self._troubles.next()
                 # Workers' troubles go on beside the others'; the parts that they all need fail one at a time.
                 if kind.startswith("worker"):
-                    pending.create_task(kinds[kind]())
+                    pending.create_task(trouble())
                 else:
-                    await kinds[kind]()
-                self.done[kind] += 1
+                    await trouble()
                 await asyncio.sleep(self._chance.uniform(0.3, 1.5))
-
-    async def _kill_replica(self) -> None:
-        name = self._chance.choice(REPLICAS)
-        await self._fleet.replicas[name].kill()
-        await asyncio.sleep(self._chance.uniform(0, 1))
-        self._fleet.start_replica(name)
-
-    async def _stop_replica(self) -> None:
-        replica = self._fleet.replicas[self._chance.choice(REPLICAS)]
-        replica.send(signal.SIGSTOP)
-        # Sometimes beyond the life of the leases that it is just handing out.
-        await asyncio.sleep(self._chance.choice((0.3, 1.0, 4.0)))
-        replica.send(signal.SIGCONT)
-
-    async def _restart_replica(self) -> None:
-        name = self._chance.choice(REPLICAS)
-        replica = self._fleet.replicas[name]
-        replica.send(signal.SIGTERM)
-        await replica.ended(60)
-        self._fleet.start_replica(name)
-
-    async def _kill_postgres(self) -> None:
-        for process in self._fleet.postgres_processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        await asyncio.to_thread(self._fleet.postgres.wait)
-        await asyncio.to_thread(self._fleet.postgres.start)
-
-    async def _stop_postgres(self) -> None:
-        processes = self._fleet.postgres_processes()
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.suspend()
-        await asyncio.sleep(self._chance.uniform(0.2, 2.0))
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.resume()
 
     async def _kill_worker(self) -> None:
         name = self._chance.choice(self._fleet.workers)
