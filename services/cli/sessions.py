@@ -64,6 +64,12 @@ def _filtered(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _telling(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what all commands for sessions are given: which ones, by id or by filter, and why."""
+    command = _filtered(_reason(json_option(connected(command))))
+    return click.argument("session_ids", nargs=-1, metavar="[SESSION_ID]...")(command)
+
+
 @session.command("list")
 @_filtered
 @json_option
@@ -110,33 +116,21 @@ async def watch(client: Client, filter: SessionFilter, interval: float, as_json:
 
 
 @session.command()
-@click.argument("session_ids", nargs=-1, metavar="[SESSION_ID]...")
-@_filtered
-@_reason
-@json_option
-@connected
+@_telling
 async def pause(client: Client, /, **given: Any) -> None:
     """Tell sessions, named or by filter, to do nothing until they are resumed or stopped."""
     await _tell(client, CommandKind.PAUSE, **given)
 
 
 @session.command()
-@click.argument("session_ids", nargs=-1, metavar="[SESSION_ID]...")
-@_filtered
-@_reason
-@json_option
-@connected
+@_telling
 async def resume(client: Client, /, **given: Any) -> None:
     """Tell paused sessions, named or by filter, to go on."""
     await _tell(client, CommandKind.RESUME, **given)
 
 
 @session.command()
-@click.argument("session_ids", nargs=-1, metavar="[SESSION_ID]...")
-@_filtered
-@_reason
-@json_option
-@connected
+@_telling
 async def stop(client: Client, /, **given: Any) -> None:
     """Tell sessions, named or by filter, to end in good order."""
     await _tell(client, CommandKind.STOP, **given)
@@ -144,11 +138,7 @@ async def stop(client: Client, /, **given: Any) -> None:
 
 @session.command()
 @click.argument("pages_per_minute", type=click.FloatRange(0, 1_000_000))
-@click.argument("session_ids", nargs=-1, metavar="[SESSION_ID]...")
-@_filtered
-@_reason
-@json_option
-@connected
+@_telling
 async def limit(client: Client, /, **given: Any) -> None:
     """Tell sessions, named or by filter, not to exceed PAGES_PER_MINUTE; 0 lifts the limit."""
     await _tell(client, CommandKind.SPEED_LIMIT, **given)

@@ -1,12 +1,11 @@
 """`muster session` as a process of its own, against a scripted tracker and the real one."""
 
 import json
-import os
-import sys
-from asyncio import create_subprocess_exec, sleep, subprocess, timeout
+from asyncio import sleep, timeout
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -14,6 +13,7 @@ from muster import Client, RetryPolicy
 from muster.session_tracker.v1 import session_pb2
 
 from services.call import Role
+from tests.support.command import Ended, Muster
 from tests.support.scripted import ScriptedServer, refusal
 from tests.support.services import StartService
 
@@ -33,13 +33,7 @@ LIVE = session_pb2.Session(
 )
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Muster = Callable[..., Awaitable[Ended]]
+Run = Callable[..., Awaitable[Ended]]
 
 
 @pytest.fixture
@@ -51,49 +45,17 @@ async def server() -> AsyncIterator[ScriptedServer]:
 
 
 @pytest.fixture
-def muster(server: ScriptedServer, tmp_path: Path) -> Muster:
+def muster(server: ScriptedServer, tmp_path: Path) -> Run:
     """Runs the command against the scripted tracker."""
     return runner(tmp_path, server.address, "k" * 40)
 
 
-def runner(folder: Path, address: str, api_key: str) -> Muster:
+def runner(folder: Path, address: str, api_key: str) -> Run:
     """Gives what runs `muster session …` in a folder of its own."""
-    root = Path(__file__).parents[2]
-    environ = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("MUSTER_")},
-        "MUSTER_API_KEY": api_key,
-        "MUSTER_SESSION_TRACKER": address,
-        "PYTHONPATH": os.pathsep.join((str(root), str(root / "sdk" / "python"))),
-    }
-
-    async def run(*arguments: str) -> Ended:
-        process = await create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.cli.main",
-            "session",
-            *arguments,
-            cwd=folder,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        try:
-            async with timeout(30):
-                out, err = await process.communicate()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-            raise
-        assert process.returncode is not None
-        assert "Traceback" not in err.decode(), err.decode()
-        return Ended(process.returncode, out.decode(), err.decode())
-
-    return run
+    return partial(Muster(folder, MUSTER_API_KEY=api_key, MUSTER_SESSION_TRACKER=address), "session")
 
 
-async def test_list_takes_every_filter(server: ScriptedServer, muster: Muster) -> None:
+async def test_list_takes_every_filter(server: ScriptedServer, muster: Run) -> None:
     server.on("WatchService/ListSessions", session_pb2.ListSessionsResponse(sessions=[LIVE]))
     listed = await muster(
         "list", "--state", "paused", "--state", "lost", "--slot", "sl", "--client", "c", "--stage", "st", "--tag", "t"
@@ -109,7 +71,7 @@ async def test_list_takes_every_filter(server: ScriptedServer, muster: Muster) -
     )
 
 
-async def test_show_draws_the_pace_and_lists_the_errors(server: ScriptedServer, muster: Muster) -> None:
+async def test_show_draws_the_pace_and_lists_the_errors(server: ScriptedServer, muster: Run) -> None:
     error = session_pb2.ErrorEntry(at=MOMENT, error_class="http_503", message="busy [red]", page=2)
     server.on(
         "WatchService/GetSession",
@@ -136,7 +98,7 @@ async def test_show_draws_the_pace_and_lists_the_errors(server: ScriptedServer, 
     assert "SESSION_NOT_FOUND" in gone.err
 
 
-async def test_watch_applies_packed_changes(server: ScriptedServer, muster: Muster) -> None:
+async def test_watch_applies_packed_changes(server: ScriptedServer, muster: Run) -> None:
     async def changes(request: Any, context: Any) -> AsyncIterator[session_pb2.WatchSessionsResponse]:
         assert request.packed
         yield session_pb2.WatchSessionsResponse(epoch="e", offset=1, snapshot=True, sessions=[LIVE])
@@ -176,7 +138,7 @@ async def test_watch_applies_packed_changes(server: ScriptedServer, muster: Must
 )
 async def test_sessions_are_told_by_name_and_by_filter(
     server: ScriptedServer,
-    muster: Muster,
+    muster: Run,
     arguments: tuple[str, ...],
     kind: session_pb2.CommandKind.ValueType,
     pages_per_minute: float,
@@ -198,7 +160,7 @@ async def test_sessions_are_told_by_name_and_by_filter(
     assert not second.session_ids
 
 
-async def test_totals_and_results_of_a_slot(server: ScriptedServer, muster: Muster) -> None:
+async def test_totals_and_results_of_a_slot(server: ScriptedServer, muster: Run) -> None:
     server.on("WatchService/GetTotals", session_pb2.GetTotalsResponse(live=2, by_state={"LOST": 2}, rebuilding=True))
     server.on("WatchService/ListResults", session_pb2.ListResultsResponse())
     shown = await muster("totals", "--slot", "sl")
@@ -216,7 +178,7 @@ async def test_totals_and_results_of_a_slot(server: ScriptedServer, muster: Must
     [("pause",), ("stop", "s-1", "--slot", "sl"), ("limit", "s-1"), ("limit", "--", "-1", "s-1"), ("show",)],
 )
 async def test_wrong_usage_is_code_2_and_calls_nobody(
-    server: ScriptedServer, muster: Muster, arguments: tuple[str, ...]
+    server: ScriptedServer, muster: Run, arguments: tuple[str, ...]
 ) -> None:
     ended = await muster(*arguments)
     assert ended.code == 2

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_ROOT = Path(__file__).parents[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:
@@ -44,7 +46,7 @@ class Muster:
             "services.cli.main",
             *arguments,
             cwd=self.folder,
-            env=self.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            env=self.environ | {"PYTHONPATH": os.pathsep.join((str(_ROOT), str(_ROOT / "sdk" / "python")))},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
