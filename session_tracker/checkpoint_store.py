@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from services.postgres import Database, queries
-from session_tracker.commands import Command
-from session_tracker.records import Counters, Record
-from session_tracker.sessions import LOST, CheckpointPolicy, ErrorEntry
+from session_tracker.records import Counters, Record, whole
+from session_tracker.sessions import LOST
 
 if TYPE_CHECKING:
     import asyncpg
@@ -74,39 +72,7 @@ class PostgresCheckpoints:
             after = rows[-1]["organization_id"], rows[-1]["session_id"]
 
 
-def describe(record: Record) -> str:
-    """Returns all of a record but its counters, as JSON."""
-    policy, command = record.checkpoint, record.command
-    return json.dumps(
-        {
-            "state": record.counters.state,
-            "since_at": record.since_at,
-            "reason": record.reason,
-            "stage": record.stage,
-            "started_at": record.started_at,
-            "slot_id": record.slot_id,
-            "client_id": record.client_id,
-            "tags": record.tags,
-            "config_snapshot": record.config_snapshot,
-            "traceparent": record.traceparent,
-            "allocation_key": record.allocation_key,
-            "lease_token": record.lease_token.hex(),
-            "checkpoint": [policy.every_pages, policy.every_seconds] if policy else None,
-            "errors_by_class": record.errors_by_class,
-            "last_errors": [[error.at, error.error_class, error.message, error.page] for error in record.last_errors],
-            "command": [command.kind, command.message, command.number, command.pages_per_minute] if command else None,
-            "pages_per_minute_limit": record.pages_per_minute_limit,
-            "acknowledged_command": record.acknowledged_command,
-            "lease_refused": record.lease_refused,
-        },
-        ensure_ascii=False,
-        separators=(",", ":"),
-    )
-
-
 def _record(row: asyncpg.Record) -> Record:
-    session_id, given = row["session_id"], json.loads(row["described"])
-    reported_at = row["reported_at"].timestamp()
     counters = Counters(
         sequence=int(row["sequence"]),
         revision=0,
@@ -115,27 +81,6 @@ def _record(row: asyncpg.Record) -> Record:
         total_pages=row["total_pages"],
         products_found=row["products_found"],
         errors_count=row["errors_count"],
-        reported_at=reported_at,
+        reported_at=row["reported_at"].timestamp(),
     )
-    return Record(
-        session_id=session_id,
-        counters=counters,
-        since_at=reported_at,
-        reason="",
-        stage=given["stage"],
-        started_at=given["started_at"],
-        slot_id=given["slot_id"],
-        client_id=given["client_id"],
-        tags=tuple(given["tags"]),
-        config_snapshot=given["config_snapshot"],
-        traceparent=given["traceparent"],
-        allocation_key=given["allocation_key"],
-        lease_token=bytes.fromhex(given["lease_token"]),
-        checkpoint=CheckpointPolicy(*given["checkpoint"]) if given["checkpoint"] else None,
-        errors_by_class=tuple((name, count) for name, count in given["errors_by_class"]),
-        last_errors=tuple(ErrorEntry(*error) for error in given["last_errors"]),
-        command=Command(session_id, *given["command"]) if given["command"] else None,
-        pages_per_minute_limit=given["pages_per_minute_limit"],
-        acknowledged_command=given["acknowledged_command"],
-        lease_refused=given["lease_refused"],
-    )
+    return whole(row["described"], counters)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from session_tracker.commands import Command
 from session_tracker.sessions import CheckpointPolicy, ErrorEntry
@@ -50,3 +52,62 @@ class Record:
     pages_per_minute_limit: float
     acknowledged_command: int
     lease_refused: bool
+
+
+def described(record: Record) -> str:
+    """Returns all of a record but its counters, as JSON by field names; what is empty is left out.
+
+    By names, so that replicas of two releases, and checkpoints of an earlier one, pass over what they do not know.
+    """
+    checkpoint, told = record.checkpoint, record.command
+    fields = {
+        "session_id": record.session_id,
+        "since_at": record.since_at,
+        "reason": record.reason,
+        "stage": record.stage,
+        "started_at": record.started_at,
+        "slot_id": record.slot_id,
+        "client_id": record.client_id,
+        "tags": record.tags,
+        "config_snapshot": record.config_snapshot,
+        "traceparent": record.traceparent,
+        "allocation_key": record.allocation_key,
+        "lease_token": record.lease_token.hex(),
+        "checkpoint": (checkpoint.every_pages, checkpoint.every_seconds) if checkpoint else None,
+        "errors_by_class": record.errors_by_class,
+        "last_errors": [(entry.at, entry.error_class, entry.message, entry.page) for entry in record.last_errors],
+        "command": (told.kind, told.message, told.number, told.pages_per_minute) if told else None,
+        "pages_per_minute_limit": record.pages_per_minute_limit,
+        "acknowledged_command": record.acknowledged_command,
+        "lease_refused": record.lease_refused,
+    }
+    shown = {name: value for name, value in fields.items() if value}
+    return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
+
+
+def whole(description: str | bytes, counters: Counters) -> Record:
+    """Returns the record of a description, with the counters that belong to it."""
+    fields: dict[str, Any] = json.loads(description)
+    checkpoint, told = fields.get("checkpoint"), fields.get("command")
+    return Record(
+        session_id=fields["session_id"],
+        counters=counters,
+        since_at=fields["since_at"],
+        reason=fields.get("reason", ""),
+        stage=fields.get("stage", ""),
+        started_at=fields["started_at"],
+        slot_id=fields.get("slot_id", ""),
+        client_id=fields.get("client_id", ""),
+        tags=tuple(fields.get("tags", ())),
+        config_snapshot=fields.get("config_snapshot", ""),
+        traceparent=fields.get("traceparent", ""),
+        allocation_key=fields.get("allocation_key", ""),
+        lease_token=bytes.fromhex(fields.get("lease_token", "")),
+        checkpoint=CheckpointPolicy(*checkpoint) if checkpoint else None,
+        errors_by_class=tuple((name, count) for name, count in fields.get("errors_by_class", ())),
+        last_errors=tuple(ErrorEntry(*entry) for entry in fields.get("last_errors", ())),
+        command=Command(fields["session_id"], *told) if told else None,
+        pages_per_minute_limit=fields.get("pages_per_minute_limit", 0.0),
+        acknowledged_command=fields.get("acknowledged_command", 0),
+        lease_refused=fields.get("lease_refused", False),
+    )

@@ -2,25 +2,22 @@
 
     order      final (1 byte), sequence (8), revision (4): what stands is only replaced by what is above it
     counters   order, owner (8), state (1), page, total, products, errors (4 each), reported (8): 46 bytes
-    state      length of the id (2), id, counters, length of the record (4), record as JSON; empty: it stands as it was
+    state      length of the id (2), id, counters, length of the record (4), record as described in `records`; empty: it
+               stands as it was
     command    length of the id (2), id, number (8), length of the record (4), record
     ids        length (2) and id of each
 
-The scripts in ``lua/`` read the same. A record is JSON by field names, so that replicas of two releases, which run side
-by side while one replaces the other, pass over what they do not know.
+The scripts in ``lua/`` read the same.
 """
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from session_tracker.clock import Clock
-from session_tracker.commands import Command
-from session_tracker.records import Counters, Record
-from session_tracker.sessions import COMPLETED, CheckpointPolicy, ErrorEntry, Session
+from session_tracker.records import Counters, Record, described
+from session_tracker.sessions import COMPLETED, Session
 
 _COUNTERS = struct.Struct(">BQI8sBIIIId")
 _ID = struct.Struct(">H")
@@ -63,13 +60,13 @@ class Packing:
         )
         if record is None:
             return _ID.pack(len(name)) + name + counters + _NO_RECORD
-        packed = _pack_record(record)
+        packed = described(record).encode()
         return b"".join((_ID.pack(len(name)), name, counters, _RECORD.pack(len(packed)), packed))
 
     @staticmethod
     def command(session_id: str, number: int, record: Record) -> bytes:
         """Returns the entry of a command, with the record of the session that it was given to."""
-        name, packed = session_id.encode(), _pack_record(record)
+        name, packed = session_id.encode(), described(record).encode()
         return b"".join((_ID.pack(len(name)), name, _NUMBER.pack(number), _RECORD.pack(len(packed)), packed))
 
 
@@ -119,61 +116,6 @@ def unpack_counters(packed: bytes, place: int = 0) -> tuple[str, Counters]:
         packed, place
     )
     return owner.decode(), Counters(sequence, revision, state, page, total, products, errors, reported_at)
-
-
-def unpack_record(packed: bytes, counters: Counters) -> Record:
-    """Returns a session whole, with the counters that belong to it."""
-    fields: dict[str, Any] = json.loads(packed)
-    checkpoint, told = fields.get("checkpoint"), fields.get("command")
-    return Record(
-        session_id=fields["session_id"],
-        counters=counters,
-        since_at=fields["since_at"],
-        reason=fields.get("reason", ""),
-        stage=fields.get("stage", ""),
-        started_at=fields["started_at"],
-        slot_id=fields.get("slot_id", ""),
-        client_id=fields.get("client_id", ""),
-        tags=tuple(fields.get("tags", ())),
-        config_snapshot=fields.get("config_snapshot", ""),
-        traceparent=fields.get("traceparent", ""),
-        allocation_key=fields.get("allocation_key", ""),
-        lease_token=bytes.fromhex(fields.get("lease_token", "")),
-        checkpoint=CheckpointPolicy(*checkpoint) if checkpoint else None,
-        errors_by_class=tuple((name, count) for name, count in fields.get("errors_by_class", ())),
-        last_errors=tuple(ErrorEntry(*entry) for entry in fields.get("last_errors", ())),
-        command=Command(fields["session_id"], *told) if told else None,
-        pages_per_minute_limit=fields.get("pages_per_minute_limit", 0.0),
-        acknowledged_command=fields.get("acknowledged_command", 0),
-        lease_refused=fields.get("lease_refused", False),
-    )
-
-
-def _pack_record(record: Record) -> bytes:
-    """Returns all of a record but its counters; what is empty is left out."""
-    checkpoint, told = record.checkpoint, record.command
-    fields = {
-        "session_id": record.session_id,
-        "since_at": record.since_at,
-        "reason": record.reason,
-        "stage": record.stage,
-        "started_at": record.started_at,
-        "slot_id": record.slot_id,
-        "client_id": record.client_id,
-        "tags": record.tags,
-        "config_snapshot": record.config_snapshot,
-        "traceparent": record.traceparent,
-        "allocation_key": record.allocation_key,
-        "lease_token": record.lease_token.hex(),
-        "checkpoint": (checkpoint.every_pages, checkpoint.every_seconds) if checkpoint else None,
-        "errors_by_class": record.errors_by_class,
-        "last_errors": [(entry.at, entry.error_class, entry.message, entry.page) for entry in record.last_errors],
-        "command": (told.kind, told.message, told.number, told.pages_per_minute) if told else None,
-        "pages_per_minute_limit": record.pages_per_minute_limit,
-        "acknowledged_command": record.acknowledged_command,
-        "lease_refused": record.lease_refused,
-    }
-    return json.dumps({name: value for name, value in fields.items() if value}, separators=(",", ":")).encode()
 
 
 def _name(body: bytes, place: int) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from services.coalesce import Coalescer
 from session_tracker.clock import Clock
 from session_tracker.errors import SessionAlreadyCompleted
 from session_tracker.metrics import RESULTS, RESULTS_OLDEST, RESULTS_PENDING
-from session_tracker.organizations import Organizations
+from session_tracker.organizations import Organization, Organizations
 from session_tracker.sessions import State
 
 # One statement of so many rows stays below a megabyte even if each carries the largest snapshot of half a page.
@@ -201,13 +201,18 @@ class Results:
         # Here and not in `complete`, whose caller may be gone by now.
         for result, fresh in recorded:
             organization = self._organizations.of(result.organization_id)
-            organization.complete(
-                result.session_id,
-                result.total_pages,
-                result.state,
-                products=result.products_found,
-                errors=result.errors_count,
-                reason=result.message[:_REASON_CHARACTERS],
-            )
+            end_by(organization, result)
             organization.live.figures.results_committed += fresh
         return recorded
+
+
+def end_by(organization: Organization, result: RecordedResult) -> None:
+    """Ends a session, if it is live, as its result on record says."""
+    organization.complete(
+        result.session_id,
+        result.total_pages,
+        result.state,
+        products=result.products_found,
+        errors=result.errors_count,
+        reason=result.message[:_REASON_CHARACTERS],
+    )
