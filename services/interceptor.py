@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -42,6 +42,7 @@ TOTAL = Counter("muster_rpc", "Calls ended, by status code.", ["service", "metho
 IN_FLIGHT = Gauge("muster_rpc_in_flight", "Calls begun and not ended.", ["service", "method"])
 
 Handler = Callable[[Any, Context], Any]
+Behaviour = TypeVar("Behaviour", bound=Callable[..., Any])
 
 
 class Registrar:
@@ -207,15 +208,23 @@ def _call_or_none() -> Call | None:
         return None
 
 
+def takes_bytes(behaviour: Behaviour) -> Behaviour:
+    """Marks a servicer's method that is handed requests as the bytes they came as, and parses them itself."""
+    behaviour.takes_bytes = True  # type: ignore[attr-defined]
+    return behaviour
+
+
 def _wrap(handler: Any, method: _Method) -> Any:
     """Returns `handler` with the wrapper around its behaviour, for any of the four shapes."""
+    behaviours = handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream
+    parses = any(getattr(behaviour, "takes_bytes", False) for behaviour in behaviours)
     serialize = handler.response_serializer
 
     def encoded(response: Any) -> bytes:
         # What a servicer has encoded itself goes out as it is.
         return response if type(response) is bytes else serialize(response)
 
-    options = {"request_deserializer": handler.request_deserializer, "response_serializer": encoded}
+    options = {"request_deserializer": None if parses else handler.request_deserializer, "response_serializer": encoded}
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(_streaming(handler.stream_stream, method), **options)
     if handler.request_streaming:

@@ -15,7 +15,8 @@ from uuid import UUID
 import structlog
 
 from services.errors import DatabaseUnavailable
-from session_tracker.checkpoint_store import Checkpoint, describe
+from session_tracker import records
+from session_tracker.checkpoint_store import Checkpoint
 from session_tracker.clock import Clock
 from session_tracker.metrics import CHECKPOINT_AGE, CHECKPOINT_OVERDUE, CHECKPOINTS
 from session_tracker.organizations import Organization, Organizations
@@ -105,7 +106,7 @@ class Checkpoints:
             # Finished while an earlier batch was saved, or taken over by another replica.
             if save is None or session.owner:
                 continue
-            described = describe(organization.export(session)) if save.described != session.described else ""
+            described = records.described(organization.export(session)) if save.described != session.described else ""
             batch.append(
                 Checkpoint(organization.organization_id, session.session_id, described, organization.counters(session))
             )
@@ -113,6 +114,7 @@ class Checkpoints:
         if not batch:
             return
         await self._store.save(batch)
+        organization.settle()
         CHECKPOINTS.labels("saved").inc(len(batch))
         ended: list[tuple[UUID, str]] = []
         for session, changed, described_at, page in stood:
@@ -122,7 +124,7 @@ class Checkpoints:
                 ended.append((organization.organization_id, session.session_id))
                 continue
             save.at, save.page, save.described, save.unsaved_since = now, page, described_at, now
-            if session.changed == changed and not session.noted:
+            if session.changed == changed:
                 organization.live.unsaved.pop(session.session_id, None)
         if ended:
             await self._store.forget(ended)

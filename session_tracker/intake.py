@@ -1,17 +1,21 @@
 """Taking reports: the hot path. One pass for a batch, and no more for a report than to store what it says.
 
 What follows from it (roll-ups, pace, order of changes) waits for `Live.settle`, except when a report changes more than
-counters: then all of it is brought up to date at once, since a state says how the time before it counts.
+counters: then all of it is brought up to date at once, since a state says how the time before it counts. Batches of a
+stream that report the same sessions again and again do less still: see `session_tracker.convoys`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from sys import intern
 
 from session_tracker.commands import Command, Listener
+from session_tracker.convoys import LEAST_SESSIONS, Convoy
 from session_tracker.live import Live
+from session_tracker.packed_bytes import PackedBytes
 from session_tracker.sessions import COMPLETED, GONE, RUNNING, STALLED, Session
 from session_tracker.updates import Update
 
@@ -36,12 +40,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """The same of packed updates: how many were taken and stale, and the sessions that are unknown."""
+    """The same of packed updates: how many were taken and stale, and the sessions that are unknown.
+
+    Attributes:
+        plain: All were taken, and changed nothing but counters.
+    """
 
     taken: int
     stale: int
     unknown: list[str]
     commands: list[Command]
+    plain: bool
 
 
 class Handles:
@@ -50,12 +59,15 @@ class Handles:
     A session may be started, or leave memory, after it was named: then its place is looked up again by its name.
     """
 
-    __slots__ = ("live", "names", "sessions")
+    __slots__ = ("_last", "convoys", "live", "names", "sessions")
 
     def __init__(self, live: Live) -> None:
         self.live = live
         self.names: list[str] = []
         self.sessions: list[Session | None] = []
+        self.convoys: dict[bytes, Convoy] = {}
+        # Of the last batch that began with a handle, the handles as a hash: so at most one for each name.
+        self._last: dict[int, int] = {}
 
     def add(self, names: Iterable[str]) -> None:
         """Names further sessions, which need not be live."""
@@ -67,10 +79,42 @@ class Handles:
             self.sessions.append(session)
 
     def again(self, handle: int) -> Session | None:
-        """Looks a session up by its name."""
+        """Looks a session up by its name, to be reported."""
         session = self.live.sessions.get(self.names[handle])
         self.sessions[handle] = session
+        if session is not None:
+            self.live.release(session)
         return session
+
+    def release(self, handles: Sequence[int]) -> None:
+        """Brings sessions up to their last reports, before they are reported one by one."""
+        sessions, live = self.sessions, self.live
+        for handle in handles:
+            session = sessions[handle]
+            if session is not None and session.convoy is not None:
+                live.release(session)
+
+    def gather(self, handles: Sequence[int], batch: PackedBytes) -> None:
+        """Makes a convoy of the sessions of a batch, if it is the second with these handles.
+
+        Args:
+            handles: Of the batch.
+            batch: Was taken, and changed nothing but counters.
+        """
+        if len(handles) < LEAST_SESSIONS:
+            return
+        seen = hash(batch.handle)
+        if self._last.get(handles[0]) != seen:
+            self._last[handles[0]] = seen
+            return
+        sessions = [session for handle in handles if (session := self.sessions[handle]) is not None]
+        with suppress(ValueError):
+            Convoy(self.live, sessions, batch, self.convoys)
+
+    def close(self) -> None:
+        """Applies what waits, since the stream ends."""
+        for convoy in list(self.convoys.values()):
+            convoy.dissolve()
 
     def held(self, handles: Sequence[int], counter: str) -> list[int]:
         """Returns a counter of some sessions as it stands; 0 for those that are not live."""
@@ -107,6 +151,8 @@ class Intake:
             if session is None:
                 verdict(UNKNOWN)
                 continue
+            if session.convoy is not None:
+                live.release(session)
             sequence = update.sequence
             if sequence <= session.sequence:
                 verdict(STALE)
@@ -162,6 +208,8 @@ class Intake:
         sessions = handles.sessions
         stale = 0
         unknown: list[str] = []
+        plain = True
+        handles.release(handle)
         current_page = current_page or handles.held(handle, "current_page")
         total_pages = total_pages or handles.held(handle, "total_pages")
         products_found = products_found or handles.held(handle, "products_found")
@@ -186,6 +234,7 @@ class Intake:
                     session.noted = True
                     noted.append(session)
                 continue
+            plain = False
             if session is None or session.sequence == GONE:
                 session = handles.again(place)
                 if session is None:
@@ -196,11 +245,26 @@ class Intake:
                 stale += 1
         commands = self._commands(handles.names[place] for place in handle) if live.commanded else []
         self._stir(now, len(handle))
-        return PackedBatch(len(handle) - stale - len(unknown), stale, unknown, commands)
+        return PackedBatch(len(handle) - stale - len(unknown), stale, unknown, commands, plain)
+
+    def report_convoy(self, handles: Handles, batch: PackedBytes) -> PackedBatch | None:
+        """Takes a batch that reports a convoy again; returns None where it must be taken one by one, after its checks.
+
+        What is taken here needs no check: it is as valid as the batch before, by what makes it follow that.
+        """
+        convoy = handles.convoys.get(batch.handle)
+        live = self._live
+        now = live.clock.monotonic()
+        if convoy is None or not convoy.take(batch, now):
+            return None
+        commands = convoy.commands() if live.commanded else []
+        size = len(convoy.sessions)
+        self._stir(now, size)
+        return PackedBatch(size, 0, [], commands, True)
 
     def _stir(self, now: float, reports: int) -> None:
         live = self._live
-        if live.noted:
+        if live.noted or live.waiting:
             if live.changes.watched:
                 live.changes.stirred.set()
             live.settle_in_passing(now, reports)
@@ -225,6 +289,7 @@ class Intake:
         if sequence <= session.sequence or session.state >= COMPLETED:
             return STALE
         live = self._live
+        assert session.convoy is None
         if session.noted and (rated := live.count(session)) > 0:
             # What was reported in the state until now, before that state ends.
             live.figures.rate.add(rated, session.reported)

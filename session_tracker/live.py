@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from session_tracker.changes import Changes
 from session_tracker.clock import Clock
@@ -13,6 +14,9 @@ from session_tracker.eta import measure
 from session_tracker.rollups import Figures
 from session_tracker.series import add
 from session_tracker.sessions import COMPLETED, GONE, LOST, STALLED, Session
+
+if TYPE_CHECKING:
+    from session_tracker.convoys import Convoy
 
 # How long a report may wait to be counted. Sessions that report faster are counted once for many reports, which is what
 # makes a report cheap; below the default interval of a watch that would gain little, above it the pace would blur.
@@ -33,6 +37,7 @@ class Live:
         figures: The organization's roll-ups.
         slots: The same for each slot with a live session.
         noted: Sessions reported since they were last counted, oldest first.
+        waiting: Convoys with a batch that is not applied yet, oldest first; ended ones may be among them.
         moved: Those with a lease that moved since the last round of renewals.
         unsaved: Important sessions that changed since their last checkpoint.
         dropped: Ids of important sessions that left without a result.
@@ -44,6 +49,7 @@ class Live:
         "_due",
         "_ids",
         "_left",
+        "_left_waiting",
         "_numbers",
         "_unordered",
         "awaited",
@@ -58,6 +64,7 @@ class Live:
         "sessions",
         "slots",
         "unsaved",
+        "waiting",
     )
 
     def __init__(self, config: SessionsConfig, clock: Clock) -> None:
@@ -68,6 +75,7 @@ class Live:
         self.figures = Figures()
         self.slots: dict[str, Figures] = {}
         self.noted: deque[Session] = deque()
+        self.waiting: deque[Convoy] = deque()
         self.moved: list[Session] = []
         self.unsaved: dict[str, Session] = {}
         self.dropped: set[str] = set()
@@ -76,6 +84,7 @@ class Live:
         self._numbers = 0
         self._due = 0.0
         self._left = 0
+        self._left_waiting = 0
         self._ids: list[str] = []
         self._unordered: list[str] = []
 
@@ -125,8 +134,14 @@ class Live:
                 yield session
             last = name
 
+    def release(self, session: Session) -> None:
+        """Brings a session up to its last report and out of its convoy: to be done before it is changed otherwise."""
+        if session.convoy is not None:
+            session.convoy.dissolve()
+
     def mark(self, session: Session, *, described: bool = True) -> None:
-        """Notes that a session changed, and whether in more than its counters."""
+        """Notes that a session changed, and whether in more than its counters. It must have been released before."""
+        assert session.convoy is None
         self.changes.mark(session)
         if described:
             session.described = session.changed
@@ -141,7 +156,8 @@ class Live:
             session.save.unsaved_since = at
 
     def enter(self, session: Session, state: int, reason: str, now: float) -> None:
-        """Moves a session to another state at `now`; the caller marks it."""
+        """Moves a session to another state at `now`; the caller released it before, and marks it."""
+        assert session.convoy is None
         self.figures.by_state[session.state] -= 1
         self.figures.by_state[state] += 1
         if session.slot is not None:
@@ -153,6 +169,7 @@ class Live:
 
     def finish(self, session: Session, state: int, reason: str) -> None:
         """Moves a session to a final state, in which it counts no more; the caller marks it."""
+        self.release(session)
         self._leave_figures(session)
         session.state = state
         session.since = self.clock.monotonic()
@@ -165,6 +182,7 @@ class Live:
 
     def remove(self, session: Session) -> None:
         """Takes a session out of memory."""
+        self.release(session)
         if session.state < COMPLETED:
             self._leave_figures(session)
             if session.save is not None and not session.owner:
@@ -193,17 +211,30 @@ class Live:
 
         So no call waits for all sessions to be counted, and those that report often are counted once for many reports.
         """
-        if self._left <= 0:
+        if self._left <= 0 and self._left_waiting <= 0:
             if now < self._due:
                 return
             self._due = now + _SETTLE_SECONDS
             self._left = len(self.noted)
-        most = min(4 * reports + 16, self._left)
-        self._left -= most
-        self._settle(most)
+            self._left_waiting = len(self.waiting)
+        most = 4 * reports + 16
+        while self._left_waiting > 0 and most > 0:
+            self._left_waiting -= 1
+            convoy = self.waiting.popleft()
+            most -= len(convoy.sessions)
+            self._left += len(convoy.sessions)
+            convoy.apply()
+        most = min(most, self._left)
+        if most > 0:
+            self._left -= most
+            self._settle(most)
 
     def settle(self) -> None:
-        """Counts all that was reported: to be done before anything of it is read."""
+        """Applies and counts all that was reported: to be done before anything of it is read."""
+        if self.waiting:
+            self._left_waiting = 0
+            while self.waiting:
+                self.waiting.popleft().apply()
         if self.noted:
             self._left = 0
             self._settle(len(self.noted))

@@ -79,6 +79,7 @@ class Organization:
         return session
 
     def _register_again(self, session: Session, registration: Registration, now: float) -> None:
+        self.live.release(session)
         lease = registration.lease
         if lease is not None and lease != session.lease:
             session.lease = lease
@@ -152,9 +153,10 @@ class Organization:
         """
         if session.finished or session.rarities.lease_refused:
             return False
+        self.live.release(session)
         rarities = session.own_rarities()
         waiting = rarities.command.number if rarities.command else 0
-        # By the time of day: numbers go on growing after a restart, and those of two replicas do not meet.
+        # By the time of day: numbers go on growing after a restart, and of two replicas' the later command stands.
         number = max(waiting + 1, rarities.acknowledged_command + 1, int(self._clock.wall().timestamp() * 1000))
         if kind == CommandKind.SPEED_LIMIT:
             rarities.pages_per_minute_limit = pages_per_minute
@@ -169,9 +171,9 @@ class Organization:
         """
         session.renewable = False
         if self.sessions.get(session.session_id) is session and not session.finished:
+            self.live.release(session)
             session.own_rarities().lease_refused = True
-            if session.noted:
-                self.settle()
+            self.settle()
             self.live.enter(session, LOST, f"lease lost: {message}"[:256], self._clock.monotonic())
             self._tell(session, Command(session.session_id, CommandKind.LEASE_LOST, message))
 
@@ -262,12 +264,12 @@ class Organization:
         """
         if session.finished or session.owner or self.sessions.get(session.session_id) is not session:
             return False
-        if session.noted:
-            self.settle()
+        self.settle()
         now = self._clock.monotonic()
         silent = now - session.reported
         if silent >= self._config.lost_after_seconds:
             if session.state != LOST:
+                self.live.release(session)
                 self.live.enter(session, LOST, f"no report for {silent:.0f} s", now)
                 self.live.mark(session)
                 self.suspects.append(session.session_id)
@@ -279,6 +281,7 @@ class Organization:
             self._config.stalled_after_seconds,
             10 * session.interval,
         ):
+            self.live.release(session)
             pace = f" at {session.interval:.1f} s a page" if session.interval else ""
             self.live.enter(session, STALLED, f"no page for {now - session.paged:.0f} s{pace}", now)
             self.live.mark(session)
@@ -286,14 +289,12 @@ class Organization:
 
     def export(self, session: Session) -> Record:
         """Returns a session whole, as plain values."""
-        if session.noted:
-            self.settle()
+        self.settle()
         return self._mirrors.export(session)
 
     def counters(self, session: Session) -> Counters:
         """Returns what changes with every report of a session."""
-        if session.noted:
-            self.settle()
+        self.settle()
         return self._mirrors.counters(session)
 
     def apply_remote(self, record: Record, owner: str) -> bool:
@@ -324,6 +325,7 @@ class Organization:
     def take_over(self, session: Session) -> None:
         """Makes another replica's session this one's: from here on it is judged, renewed and checkpointed here."""
         if session.owner and not session.finished:
+            self.live.release(session)
             session.owner = ""
             self.live.mark(session)
             self.suspects.append(session.session_id)

@@ -13,9 +13,9 @@ from session_tracker.commands import Command
 from session_tracker.messages import command_messages
 from session_tracker.metrics import STREAMS
 
-Requests = AsyncIterator[session_pb2.ReportStreamRequest]
+Requests = AsyncIterator[bytes]
 Write = Callable[[session_pb2.ReportStreamResponse], Awaitable[None]]
-Take = Callable[[session_pb2.ReportStreamRequest, "ReportStream"], session_pb2.ReportStreamResponse]
+Take = Callable[[bytes, "ReportStream"], session_pb2.ReportStreamResponse]
 
 
 class ReportStream:

@@ -10,6 +10,7 @@ from muster.session_tracker.v1 import session_pb2, session_pb2_grpc
 
 from services.call import current
 from services.errors import Draining
+from services.interceptor import takes_bytes
 from services.status import Context
 from services.validate import Checks
 from session_tracker.clock import Clock
@@ -24,9 +25,9 @@ from session_tracker.messages import (
     command_messages,
     result_message,
 )
-from session_tracker.metrics import UPDATES
-from session_tracker.organizations import STALE, TAKEN, UNKNOWN, Batch, Organizations
-from session_tracker.report_checks import check_batch, check_update, check_updates
+from session_tracker.organizations import Organizations
+from session_tracker.reception import Reception, count
+from session_tracker.report_checks import check_update, check_updates
 from session_tracker.reports import ReportStream
 from session_tracker.results import Outcome, Results, StartUnknown
 from session_tracker.sessions import FINAL_STATES, CheckpointPolicy, Lease, Registration, State
@@ -39,10 +40,6 @@ _TRACEPARENT_CHARACTERS = 55
 _MAX_CHECKPOINT_PAGES = 1_000_000
 _CHECKPOINT_SECONDS = 30.0
 _LEAST_CHECKPOINT_SECONDS, _MOST_CHECKPOINT_SECONDS = 1.0, 3600.0
-
-_TAKEN = UPDATES.labels("taken")
-_STALE = UPDATES.labels("stale")
-_UNKNOWN = UPDATES.labels("unknown")
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
@@ -114,62 +111,18 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         """See the contract."""
         check_updates(request.updates)
         batch = self._organizations.of(current().principal.organization_id).report(request.updates)
-        _count(batch)
+        count(batch)
         return session_pb2.ReportProgressResponse(
             verdicts=batch.verdicts,  # type: ignore[arg-type]  # the domain's numbers are the contract's
             commands=command_messages(batch.commands),
         )
 
-    async def ReportStream(
-        self, request_iterator: AsyncIterator[session_pb2.ReportStreamRequest], context: Context
+    @takes_bytes
+    async def ReportStream(  # type: ignore[override]  # the contract's messages, as bytes
+        self, request_iterator: AsyncIterator[bytes], context: Context
     ) -> AsyncIterator[session_pb2.ReportStreamResponse]:
         """See the contract."""
-        organization = self._organizations.of(current().principal.organization_id)
-        handles = organization.handles()
-
-        def take(request: session_pb2.ReportStreamRequest, stream: ReportStream) -> session_pb2.ReportStreamResponse:
-            packed = check_batch(request, handles)
-            if request.names:
-                handles.add(request.names)
-            response = session_pb2.ReportStreamResponse(batch=request.batch)
-            if request.updates:
-                updates = request.updates
-                batch = organization.report(updates, stream)
-                response.taken, response.stale, unknown = _count(batch)
-                if unknown:
-                    names = zip(updates, batch.verdicts, strict=True)
-                    response.unknown_sessions.extend(
-                        {update.session_id: None for update, verdict in names if verdict == UNKNOWN}
-                    )
-                if batch.commands:
-                    response.commands.extend(command_messages(batch.commands))
-            if packed is not None:
-                taken = organization.intake.report_packed(
-                    handles,
-                    packed.handle,
-                    packed.sequence,
-                    packed.current_page,
-                    packed.total_pages,
-                    packed.products_found,
-                    packed.errors_count,
-                    packed.state,
-                    stream,
-                )
-                _TAKEN.inc(taken.taken)
-                response.taken += taken.taken
-                if taken.stale:
-                    _STALE.inc(taken.stale)
-                    response.stale += taken.stale
-                if taken.unknown:
-                    _UNKNOWN.inc(len(taken.unknown))
-                    named = set(response.unknown_sessions)
-                    response.unknown_sessions.extend(name for name in taken.unknown if name not in named)
-                if taken.commands:
-                    told = {command.session_id for command in response.commands}
-                    response.commands.extend(
-                        command_messages(command for command in taken.commands if command.session_id not in told)
-                    )
-            return response
+        reception = Reception(self._organizations.of(current().principal.organization_id))
 
         async def write(response: session_pb2.ReportStreamResponse) -> None:
             try:
@@ -183,9 +136,10 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         stream = ReportStream()
         self._streams.add(stream)
         try:
-            await stream.serve(request_iterator, write, take)
+            await stream.serve(request_iterator, write, reception.take)
         finally:
             self._streams.discard(stream)
+            reception.close()
         # A generator, as every handler of a stream is. It yields nothing, since each answer would pass through two more
         # generators on its way to the wire, at a tenth of what a batch costs.
         nothing: tuple[session_pb2.ReportStreamResponse, ...] = ()
@@ -257,16 +211,3 @@ def _check_checkpoint(checks: Checks, request: session_pb2.StartSessionRequest) 
     if not pages and seconds is None:
         seconds = _CHECKPOINT_SECONDS
     return CheckpointPolicy(every_pages=pages, every_seconds=seconds or 0.0)
-
-
-def _count(batch: Batch) -> tuple[int, int, int]:
-    verdicts = batch.verdicts
-    taken = verdicts.count(TAKEN)
-    if taken:
-        _TAKEN.inc(taken)
-    if taken == len(verdicts):
-        return taken, 0, 0
-    stale, unknown = verdicts.count(STALE), verdicts.count(UNKNOWN)
-    _STALE.inc(stale)
-    _UNKNOWN.inc(unknown)
-    return taken, stale, unknown

@@ -13,6 +13,7 @@ from session_tracker.commands import Command, Listener
 from session_tracker.updates import Update
 
 if TYPE_CHECKING:
+    from session_tracker.convoys import Convoy
     from session_tracker.rollups import Figures
 
 
@@ -196,6 +197,7 @@ class Session:
         renewable: It has a lease, and has not moved since the last round of renewals.
         rebuilding: Known from a checkpoint, and not reported since.
         listener: The stream that reported it last.
+        convoy: What it is reported with; a batch may wait there that is newer than what stands here.
         slot: The roll-ups of its slot.
         save: Set for important sessions.
     """
@@ -208,6 +210,7 @@ class Session:
         "changed",
         "client_id",
         "config_snapshot",
+        "convoy",
         "counted_errors",
         "counted_page",
         "counted_products",
@@ -277,6 +280,7 @@ class Session:
         self.lease = registration.lease
         self.rebuilding = False
         self.listener: Listener | None = None
+        self.convoy: Convoy | None = None
         self.save = SavePoint(registration.checkpoint, now) if registration.checkpoint else None
         self._rarities: Rarities | None = None
         progress = registration.progress

@@ -12,7 +12,7 @@ import structlog
 from services.errors import DatabaseUnavailable
 from session_tracker.metrics import FORGOTTEN
 from session_tracker.organizations import Organization, Organizations
-from session_tracker.results import RecordedResult
+from session_tracker.results import RecordedResult, end_by
 
 _log = structlog.get_logger("silence")
 
@@ -78,11 +78,4 @@ class Silence:
                 _log.warning("lost sessions wait for the database", error=error.message)
                 return
             for result in found:
-                organization.complete(
-                    result.session_id,
-                    result.total_pages,
-                    result.state,
-                    products=result.products_found,
-                    errors=result.errors_count,
-                    reason=result.message,
-                )
+                end_by(organization, result)

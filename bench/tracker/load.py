@@ -4,7 +4,7 @@ Clients are cheap, so that one core of them keeps a server busy: reports are byt
 and answers are not decoded but where they are what is measured. An order names a shape:
 
 - `start`: sessions are started, some calls in flight.
-- `packed`: each stream reports its share of the sessions in batches of 100, `in_flight` of them unanswered.
+- `packed`: each stream reports its share of the sessions in batches of `batch`, `in_flight` of them unanswered.
 - `paced`: each session once a second, in a hundred batches spread over the second however many they are: for 10,000
   sessions batches of 100. The products of a report are the milliseconds of the clock when it went out.
 - `unary`: `in_flight` calls of ReportProgress with one update each.
@@ -53,6 +53,7 @@ class Order:
         seconds: For how long. Requests go out from the start on.
         base: Sequences begin above it: each round's are above those of the one before.
         pages: Of each session, for `run`.
+        batch: Updates in one request, for `packed`.
     """
 
     shape: str
@@ -66,6 +67,7 @@ class Order:
     seconds: float
     base: int = 0
     pages: int = 0
+    batch: int = BATCH
 
 
 @dataclass(slots=True)
@@ -98,7 +100,7 @@ def _field(number: int, data: bytes) -> bytes:
 class Batches:
     """The batches of one stream, round after round of its sessions."""
 
-    def __init__(self, first: int, sessions: int, base: int, size: int = BATCH) -> None:
+    def __init__(self, first: int, sessions: int, base: int, size: int) -> None:
         self._size = size
         parts = [range(begin, min(sessions, begin + size)) for begin in range(0, sessions, size)]
         self._handles = [_field(1, b"".join(map(_varint, part))) for part in parts]
@@ -173,7 +175,7 @@ class Client:
     async def _packed(self, first: int, sessions: int) -> None:
         async with grpc.aio.insecure_channel(self._order.target, options=_OPTIONS) as channel:
             call = self._stream(channel)
-            batches = iter(Batches(first, sessions, self._order.base))
+            batches = iter(Batches(first, sessions, self._order.base, self._order.batch))
             open_ = 0
             while (now := time.monotonic()) < self._until:
                 while open_ < self._order.in_flight:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from datetime import date
 from typing import Any
@@ -29,78 +28,10 @@ from services.errors import FieldViolation, InvalidField
 from services.status import abort
 from tests.support.house import COMPLETE, REPORT, START, House, client_of
 from tests.support.scripted import Status
+from tests.support.scripted_tracker import RUNNING, ScriptedTracker, packed_size
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-RUNNING, PAUSED = session_pb2.SESSION_STATE_RUNNING, session_pb2.SESSION_STATE_PAUSED
-
-
-class Tracker:
-    """Takes reports, and repeats the newest command of a session until its number is acknowledged.
-
-    Attributes:
-        latest: The newest report of each session, packed ones as whole updates.
-        taken: How often each session was reported.
-    """
-
-    def __init__(self, house: House) -> None:
-        self.latest: dict[str, session_pb2.ProgressUpdate] = {}
-        self.taken: defaultdict[str, int] = defaultdict(int)
-        self._commands: dict[str, session_pb2.SessionCommand] = {}
-        self._answers: asyncio.Queue[session_pb2.ReportStreamResponse] = asyncio.Queue()
-        self._came = asyncio.Condition()
-        house.on(REPORT, self._stream)
-
-    def tell(self, session_id: str, kind: session_pb2.CommandKind.ValueType, number: int, **fields: Any) -> None:
-        command = session_pb2.SessionCommand(session_id=session_id, kind=kind, number=number, **fields)
-        self._commands[session_id] = command
-        self._answers.put_nowait(session_pb2.ReportStreamResponse(commands=[command]))
-
-    def at(self, session_id: str) -> session_pb2.ProgressUpdate:
-        return self.latest.get(session_id, session_pb2.ProgressUpdate())
-
-    async def until(self, condition: Any, seconds: float = 10.0) -> None:
-        async with asyncio.timeout(seconds), self._came:
-            await self._came.wait_for(condition)
-
-    async def _stream(self, batches: Any, context: Any) -> AsyncIterator[session_pb2.ReportStreamResponse]:
-        names: list[str] = []
-
-        async def take() -> None:
-            async for batch in batches:
-                names.extend(batch.names)
-                updates = [*batch.updates, *(self._whole(names, batch.packed, at) for at in range(_size(batch)))]
-                async with self._came:
-                    for update in updates:
-                        before = self.latest.get(update.session_id)
-                        assert before is None or before.sequence < update.sequence
-                        self.latest[update.session_id] = update
-                        self.taken[update.session_id] += 1
-                        told = self._commands.get(update.session_id)
-                        if told is not None and 0 < told.number <= update.acknowledged_command:
-                            del self._commands[update.session_id]
-                    self._came.notify_all()
-                commands = [self._commands[one.session_id] for one in updates if one.session_id in self._commands]
-                self._answers.put_nowait(session_pb2.ReportStreamResponse(batch=batch.batch, commands=commands))
-
-        taking = asyncio.create_task(take())
-        try:
-            while True:
-                yield await self._answers.get()
-        finally:
-            taking.cancel()
-
-    def _whole(self, names: list[str], packed: session_pb2.PackedUpdates, at: int) -> session_pb2.ProgressUpdate:
-        update = session_pb2.ProgressUpdate()
-        update.CopyFrom(self.latest[names[packed.handle[at]]])
-        update.sequence, update.current_page = packed.sequence[at], packed.current_page[at]
-        update.total_pages, update.products_found = packed.total_pages[at], packed.products_found[at]
-        update.errors_count = packed.errors_count[at]
-        update.state = packed.state[at] if packed.state else RUNNING
-        return update
-
-
-def _size(batch: session_pb2.ReportStreamRequest) -> int:
-    return len(batch.packed.handle)
+PAUSED = session_pb2.SESSION_STATE_PAUSED
 
 
 @pytest.fixture
@@ -110,11 +41,13 @@ async def client(house: House) -> AsyncIterator[Client]:
 
 
 @pytest.fixture
-def tracker(house: House) -> Tracker:
-    return Tracker(house)
+def tracker(house: House) -> ScriptedTracker:
+    return ScriptedTracker(house)
 
 
-async def test_three_lines_follow_a_run_and_record_its_result(house: House, client: Client, tracker: Tracker) -> None:
+async def test_three_lines_follow_a_run_and_record_its_result(
+    house: House, client: Client, tracker: ScriptedTracker
+) -> None:
     """B3-25: registered, reported in full once and then packed, and completed when the body is left."""
     policy = CheckpointPolicy(every_pages=5)
     async with client.session(
@@ -149,7 +82,7 @@ async def test_three_lines_follow_a_run_and_record_its_result(house: House, clie
 
 
 async def test_an_exception_fails_the_session_and_goes_on_and_a_cancelled_one_is_stopped(
-    house: House, client: Client, tracker: Tracker
+    house: House, client: Client, tracker: ScriptedTracker
 ) -> None:
     with pytest.raises(RuntimeError, match="no page"):
         async with client.session("failed"):
@@ -169,7 +102,7 @@ async def test_an_exception_fails_the_session_and_goes_on_and_a_cancelled_one_is
 
 
 async def test_a_pause_is_acknowledged_when_the_crawl_waits_and_a_resume_when_it_goes_on(
-    client: Client, tracker: Tracker
+    client: Client, tracker: ScriptedTracker
 ) -> None:
     async with client.session("s") as session:
         session.page()
@@ -195,7 +128,9 @@ async def test_a_pause_is_acknowledged_when_the_crawl_waits_and_a_resume_when_it
         assert tracker.at("s").state == RUNNING
 
 
-async def test_a_stop_ends_the_run_even_while_it_is_paused(house: House, client: Client, tracker: Tracker) -> None:
+async def test_a_stop_ends_the_run_even_while_it_is_paused(
+    house: House, client: Client, tracker: ScriptedTracker
+) -> None:
     pages = 0
     async with client.session("s") as session:
         while await session.permit():
@@ -214,7 +149,7 @@ async def test_a_stop_ends_the_run_even_while_it_is_paused(house: House, client:
     assert (end.state, end.message) == (session_pb2.SESSION_STATE_STOPPED, "enough")
 
 
-async def test_a_speed_limit_paces_the_permits_and_is_lifted_at_once(client: Client, tracker: Tracker) -> None:
+async def test_a_speed_limit_paces_the_permits_and_is_lifted_at_once(client: Client, tracker: ScriptedTracker) -> None:
     clock = asyncio.get_running_loop().time
     async with client.session("s") as session:
         await session.permit()
@@ -239,7 +174,7 @@ async def test_a_speed_limit_paces_the_permits_and_is_lifted_at_once(client: Cli
             assert await slow
 
 
-async def test_a_lost_lease_ends_the_permits(house: House, client: Client, tracker: Tracker) -> None:
+async def test_a_lost_lease_ends_the_permits(house: House, client: Client, tracker: ScriptedTracker) -> None:
     async with client.session("s") as session:
         session.page()
         await tracker.until(lambda: tracker.taken["s"])
@@ -252,7 +187,7 @@ async def test_a_lost_lease_ends_the_permits(house: House, client: Client, track
     assert (end.state, end.message) == (session_pb2.SESSION_STATE_STOPPED, "the lease is lost: expired")
 
 
-async def test_errors_are_counted_by_class_and_the_newest_ten_kept(client: Client, tracker: Tracker) -> None:
+async def test_errors_are_counted_by_class_and_the_newest_ten_kept(client: Client, tracker: ScriptedTracker) -> None:
     async with client.session("s") as session:
         session.page()
         for number in range(30):
@@ -274,7 +209,7 @@ async def test_errors_are_counted_by_class_and_the_newest_ten_kept(client: Clien
         assert tracker.at("s").last_errors[9].message == "once more"
 
 
-async def test_a_thread_reports_and_asks(client: Client, tracker: Tracker) -> None:
+async def test_a_thread_reports_and_asks(client: Client, tracker: ScriptedTracker) -> None:
     def crawl(session: LiveSession) -> int:
         pages = 0
         while pages < 2000 and session.wait_permit():
@@ -296,7 +231,7 @@ async def test_a_thread_reports_and_asks(client: Client, tracker: Tracker) -> No
 
 
 async def test_nothing_waits_while_the_tracker_is_away_and_all_is_told_when_it_is_back(
-    house: House, client: Client, tracker: Tracker
+    house: House, client: Client, tracker: ScriptedTracker
 ) -> None:
     away = Status(grpc.StatusCode.UNAVAILABLE)
     house.on(START, *[away] * 5, session_pb2.StartSessionResponse())
@@ -316,7 +251,7 @@ async def test_nothing_waits_while_the_tracker_is_away_and_all_is_told_when_it_i
 
 
 async def test_an_id_that_an_earlier_process_reported_goes_on_above_its_sequence(
-    house: House, client: Client, tracker: Tracker
+    house: House, client: Client, tracker: ScriptedTracker
 ) -> None:
     found = session_pb2.Session(session_id="s", sequence=500, current_page=90)
     house.on(START, session_pb2.StartSessionResponse(session=found))
@@ -330,7 +265,7 @@ async def test_an_id_that_an_earlier_process_reported_goes_on_above_its_sequence
 
 
 async def test_thousands_of_sessions_go_in_batches_and_none_is_passed_over(
-    house: House, client: Client, tracker: Tracker
+    house: House, client: Client, tracker: ScriptedTracker
 ) -> None:
     sessions = [client.session(f"s-{number}") for number in range(2500)]
     for session in sessions:
@@ -348,12 +283,12 @@ async def test_thousands_of_sessions_go_in_batches_and_none_is_passed_over(
     await tracker.until(lambda: len(tracker.latest) == 2500, 20)
     done.set()
     await pages
-    sizes = [len(batch.updates) + _size(batch) for batch in house.calls[REPORT]]
+    sizes = [len(batch.updates) + packed_size(batch) for batch in house.calls[REPORT]]
     assert max(sizes) == 1000
 
 
 async def test_a_session_without_news_is_reported_all_the_same(
-    client: Client, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+    client: Client, tracker: ScriptedTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_SILENT_SECONDS", 0.3)
     async with client.session("s") as session:
@@ -419,64 +354,8 @@ async def test_no_tracker_at_all_is_no_hindrance() -> None:
         session.page()
 
 
-def live(number: int, **fields: Any) -> session_pb2.Session:
-    return session_pb2.Session(session_id=f"s-{number}", number=number, state=RUNNING, stage="x", **fields)
-
-
-def packed(*numbers: int, page: int) -> session_pb2.PackedSessions:
-    same = [0] * len(numbers)
-    return session_pb2.PackedSessions(
-        number=numbers,
-        state=[PAUSED] * len(numbers),
-        current_page=[page] * len(numbers),
-        total_pages=[99] * len(numbers),
-        products_found=same,
-        errors_count=same,
-        sequence=same,
-        updated_at_ms=same,
-    )
-
-
-async def test_a_view_applies_packed_changes_and_goes_on_where_it_was(house: House, client: Client) -> None:
-    changes = session_pb2.WatchSessionsResponse
-
-    async def first(request: Any, context: Any) -> AsyncIterator[session_pb2.WatchSessionsResponse]:
-        yield changes(epoch="e", offset=2, snapshot=True, sessions=[live(1), live(2)])
-        yield changes(epoch="e", offset=3, packed=packed(2, page=7))
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
-
-    async def second(request: Any, context: Any) -> AsyncIterator[session_pb2.WatchSessionsResponse]:
-        yield changes(epoch="e", offset=4, packed=packed(1, 2, page=8), removed=["s-1"])
-        yield changes(epoch="e", offset=5, packed=packed(1, page=9))
-
-    async def third(request: Any, context: Any) -> AsyncIterator[session_pb2.WatchSessionsResponse]:
-        yield changes(epoch="f", offset=1, snapshot=True, sessions=[live(1, current_page=4)])
-        yield changes(epoch="f", offset=2, packed=packed(2, page=5))
-
-    async def fourth(request: Any, context: Any) -> AsyncIterator[session_pb2.WatchSessionsResponse]:
-        yield changes(epoch="f", offset=3, snapshot=True, sessions=[live(3)])
-
-    watched = "WatchService/WatchSessions"
-    house.on(watched, first, Status(grpc.StatusCode.UNAVAILABLE), second, third, fourth)
-    seen = [
-        {name: (one.current_page, one.total_pages, one.stage) for name, one in held.items()}
-        async for held in client.watch_sessions()
-    ]
-    assert seen == [
-        {"s-1": (0, 0, "x"), "s-2": (0, 0, "x")},
-        {"s-1": (0, 0, "x"), "s-2": (7, 99, "x")},
-        {"s-2": (8, 99, "x")},
-        {"s-1": (4, 0, "x")},
-        {"s-3": (0, 0, "x")},
-    ]
-    requests = house.calls[watched]
-    assert all(request.packed for request in requests)
-    # A number that it was never shown in this epoch makes it begin anew.
-    assert [(request.epoch, request.offset) for request in requests] == [("", 0), ("e", 3), ("e", 3), ("", 0), ("", 0)]
-
-
 async def test_a_crawl_without_an_event_loop_follows_its_run(
-    house: House, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+    house: House, tracker: ScriptedTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("MUSTER_")]:
         monkeypatch.delenv(name)

@@ -20,6 +20,7 @@ class Stream:
 
     def __init__(self, channel: grpc.aio.Channel, metadata: Any) -> None:
         self.metadata = metadata
+        self.channel = channel
         self.sessions: Any = session_pb2_grpc.SessionServiceStub(channel)
         self.watch: Any = session_pb2_grpc.WatchServiceStub(channel)
         self.call: Any = self.sessions.ReportStream(metadata=metadata)
@@ -109,6 +110,44 @@ async def test_a_full_update_and_a_packed_one_of_the_same_batch_come_in_this_ord
     assert (answer.taken, answer.stale) == (2, 0)
     session = await stream.get("a")
     assert (session.current_page, session.stage, session.reason) == (2, "detail", "began")
+
+
+async def test_batches_that_repeat_the_sessions_of_the_last_are_seen_at_once_and_in_order(stream: Stream) -> None:
+    names = tuple(f"s{number:02}" for number in range(50))
+    await stream.start(*names, total_pages=900)
+    everyone: Any = {"handle": list(range(50)), "total_pages": [900] * 50, "errors_count": [0] * 50}
+    for page in range(1, 60):
+        answer = await stream.send(
+            names if page == 1 else (),
+            sequence=[page] * 50,
+            current_page=[page] * 50,
+            products_found=[2 * page] * 50,
+            **everyone,
+        )
+        assert (answer.taken, answer.stale) == (50, 0)
+        if page % 7 == 0:
+            assert (await stream.get("s49")).current_page == page
+    unary = pb.ProgressUpdate(session_id="s07", sequence=60, current_page=100, total_pages=900)
+    verdicts = await stream.sessions.ReportProgress(pb.ReportProgressRequest(updates=[unary]), metadata=stream.metadata)
+    assert list(verdicts.verdicts) == [pb.UPDATE_VERDICT_TAKEN]
+    request = pb.CompleteSessionRequest(session_id="s08", state=pb.SESSION_STATE_COMPLETED, total_pages=59)
+    await stream.sessions.CompleteSession(request, metadata=stream.metadata)
+    answer = await stream.send(sequence=[60] * 50, current_page=[60] * 50, **everyone)
+    assert (answer.taken, answer.stale) == (48, 2)
+    pages = [(await stream.get(name)).current_page for name in names]
+    assert pages == [100 if name == "s07" else 59 if name == "s08" else 60 for name in names]
+    totals = await stream.watch.GetTotals(pb.GetTotalsRequest(), metadata=stream.metadata)
+    assert (totals.live, totals.pages) == (49, 48 * 60 + 100)
+
+
+async def test_what_is_no_message_at_all_is_refused(stream: Stream) -> None:
+    raw: Any = stream.channel.stream_stream("/muster.session_tracker.v1.SessionService/ReportStream")
+    call = raw(metadata=stream.metadata)
+    await call.write(b"\xff\xff\xff")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(10):
+            await call.read()
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize(

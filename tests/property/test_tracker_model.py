@@ -97,6 +97,7 @@ class TrackerMachine(RuleBasedStateMachine):
         self.handles.add(NAME_LIST)
         self.model: dict[str, Known] = {}
         self.completed: dict[str, float] = {}
+        self.ended: list[Known] = []
         self.committed = 0
 
     def live(self) -> dict[str, Known]:
@@ -106,6 +107,7 @@ class TrackerMachine(RuleBasedStateMachine):
         gone = [name for name, known in self.model.items() if known.leaves is not None and known.leaves <= self.seconds]
         for name in gone:
             del self.model[name]
+        self.ended = [known for known in self.ended if known.leaves is None or known.leaves > self.seconds]
         self.completed = {name: until for name, until in self.completed.items() if until > self.seconds}
 
     @rule(
@@ -272,9 +274,17 @@ class TrackerMachine(RuleBasedStateMachine):
         if begun is not None:
             # What is on record holds for a session that was started again after its end.
             if known is not None and known.leaves is None:
-                known.state, known.page, known.products, known.errors = row[0], *row[2:5]
-                known.reason, known.ear, known.leaves = row[6], None, self.seconds + FINISHED_SECONDS
+                self.end(known, row)
             self.completed[name] = self.seconds + COMPLETED_SECONDS
+
+    def end(self, known: Known, row: tuple[Any, ...]) -> None:
+        """Shows a session as its result has it; of those that ended, the newest stay for a while."""
+        known.state, known.page, known.products, known.errors = row[0], *row[2:5]
+        known.reason, known.ear, known.leaves = row[6], None, self.seconds + FINISHED_SECONDS
+        self.ended.append(known)
+        if len(self.ended) > LIMIT:
+            oldest = self.ended.pop(0)
+            self.model = {name: one for name, one in self.model.items() if one is not oldest}
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 29.0, 31.0, 61.0, 121.0, 601.0, 3601.0]), looks=st.integers(0, 2))
     def time_passes(self, seconds: float, looks: int) -> None:
@@ -299,8 +309,7 @@ class TrackerMachine(RuleBasedStateMachine):
                 known.state, known.reason = State.LOST, f"no report for {silent:.0f} s"
                 if (row := self.recorded.get(name)) is not None:
                     # It was started again after its end: what is on record holds.
-                    known.state, known.page, known.products, known.errors = row[0], *row[2:5]
-                    known.reason, known.ear, known.leaves = row[6], None, self.seconds + FINISHED_SECONDS
+                    self.end(known, row)
                     self.completed[name] = self.seconds + COMPLETED_SECONDS
         elif known.state == State.RUNNING and without_page >= max(STALLED_SECONDS, 10 * session.interval):
             pace = f" at {session.interval:.1f} s a page" if session.interval else ""

@@ -19,6 +19,7 @@ from session_tracker.sessions import Registration, Session
 ACME = UUID(int=7)
 _SECONDS = 20.0
 _POLL_SECONDS = 0.005
+_ABOUT_SECONDS = 0.02
 
 
 async def until(done: Callable[[], object], what: str, seconds: float = _SECONDS) -> None:
@@ -33,21 +34,29 @@ async def until(done: Callable[[], object], what: str, seconds: float = _SECONDS
         await asyncio.sleep(_POLL_SECONDS)
 
 
-class Replica:
-    """One replica's memory and its engine."""
+class _About(float):
+    """A moment as two clocks have it that were not read at one instant."""
 
-    def __init__(self, url: str, clock: Clock | None = None, *, beat_seconds: float = 0.05, **sessions: float) -> None:
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and abs(self - other) < _ABOUT_SECONDS
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Memory:
+    """One replica's memory.
+
+    Args:
+        name: Of the replica, 8 characters.
+        clock: The clock.
+        sessions: Settings.
+    """
+
+    def __init__(self, name: str, clock: Clock | None = None, **sessions: float) -> None:
+        self.name = name
         self.clock = clock or Clock()
-        config = SessionsConfig(**sessions)  # type: ignore[arg-type]
-        self.organizations = Organizations(config, self.clock)
-        engine = EngineConfig(
-            kind="redis",
-            url=url,  # type: ignore[arg-type]
-            flush_seconds=0.01,
-            beat_seconds=beat_seconds,
-            replica_life_seconds=8 * beat_seconds,
-        )
-        self.engine = RedisEngine(self.organizations, engine, config, self.clock)
+        self.config = SessionsConfig(**sessions)  # type: ignore[arg-type]
+        self.organizations = Organizations(self.config, self.clock)
 
     @property
     def acme(self) -> Organization:
@@ -69,29 +78,70 @@ class Replica:
         update = pb.ProgressUpdate(session_id=session_id, sequence=sequence, current_page=page, **fields)  # type: ignore[arg-type]
         return self.acme.report([update]).verdicts[0]
 
+    def shown(self, session_id: str) -> tuple[object, ...]:
+        """What every replica must agree on of a session."""
+        session = self.acme.get(session_id)
+        rarities = session.rarities
+        return (
+            session.sequence,
+            session.revision,
+            session.state,
+            session.reason,
+            session.current_page,
+            session.total_pages,
+            session.products_found,
+            session.errors_count,
+            session.stage,
+            session.started_at,
+            _About(self.clock.moment(session.reported).timestamp()),
+            _About(self.clock.moment(session.since).timestamp()),
+            session.slot_id,
+            session.client_id,
+            session.tags,
+            session.config_snapshot,
+            session.traceparent,
+            session.lease,
+            rarities.errors_by_class,
+            rarities.last_errors,
+            rarities.pages_per_minute_limit,
+            rarities.acknowledged_command,
+            rarities.lease_refused,
+            # Nobody is told what is left of a finished session's.
+            None if session.finished else rarities.command,
+            session.owner or self.name,
+        )
+
     def view(self) -> dict[str, tuple[object, ...]]:
         """What every replica must agree on, by session."""
         self.acme.settle()
-        return {
-            session.session_id: (
-                # Whoever ended it may not have heard its last report, which others had, and nobody owns what has ended.
-                None if session.finished else (session.sequence, session.revision),
-                session.state,
-                session.current_page,
-                session.total_pages,
-                session.products_found,
-                session.errors_count,
-                session.stage,
-                session.reason,
-                session.slot_id,
-                session.tags,
-                session.rarities.errors_by_class,
-                # Nobody is told what is left of a finished session's.
-                None if session.finished else session.rarities.command,
-                None if session.finished else session.owner or self.engine.replica,
-            )
-            for session in self.acme.sessions.values()
-        }
+        return {session_id: self.shown(session_id) for session_id in self.acme.sessions}
+
+
+def agree(first: Memory, *others: Memory) -> bool:
+    """Whether replicas show the same, in their totals too."""
+    totals = first.acme.totals()
+    return all(
+        other.view() == first.view()
+        and (theirs := other.acme.totals()).by_state == totals.by_state
+        and (theirs.pages, theirs.products, theirs.errors) == (totals.pages, totals.products, totals.errors)
+        for other in others
+    )
+
+
+class Replica(Memory):
+    """One replica's memory and its engine."""
+
+    def __init__(self, url: str, clock: Clock | None = None, *, beat_seconds: float = 0.05, **sessions: float) -> None:
+        super().__init__("", clock, **sessions)
+        engine = EngineConfig(
+            kind="redis",
+            url=url,  # type: ignore[arg-type]
+            flush_seconds=0.01,
+            beat_seconds=beat_seconds,
+            replica_life_seconds=8 * beat_seconds,
+        )
+        self.engine = RedisEngine(self.organizations, engine, self.config, self.clock)
+        self.name = self.engine.replica
 
     async def vanish(self) -> None:
         """Ends it as a killed process does: without a word."""

@@ -16,7 +16,7 @@ from session_tracker.metrics import CHECKPOINT_AGE, CHECKPOINT_OVERDUE
 from session_tracker.organizations import Organizations
 from session_tracker.records import Record
 from session_tracker.sessions import CheckpointPolicy, Registration, State
-from tests.unit.test_tracker_sessions import ORGANIZATION, Hands, Report
+from tests.support.tracker_memory import ORGANIZATION, Hands, Report
 
 
 class Store:

@@ -8,11 +8,12 @@ from uuid import uuid4
 
 import pytest
 
-from session_tracker.commands import Command, CommandKind
+from session_tracker.commands import CommandKind
 from session_tracker.errors import SessionAlreadyCompleted
 from session_tracker.organizations import Organization, Organizations
 from session_tracker.sessions import CheckpointPolicy, Lease, Registration, State
-from tests.unit.test_tracker_sessions import ORGANIZATION, Hands, Report, Stream, organization
+from tests.support.tracker_memory import ORGANIZATION, Hands, Report, organization
+from tests.support.tracker_model import Ear
 
 
 def two(hands: Hands, **settings: Any) -> tuple[Organization, Organization]:
@@ -116,17 +117,17 @@ def test_what_a_checkpoint_says_yields_to_what_a_replica_knows() -> None:
 def test_a_command_given_anywhere_reaches_the_owners_stream() -> None:
     hands = Hands()
     here, there = two(hands)
-    told: list[Command] = []
+    ear = Ear()
     mine = here.start(Registration("s"))
-    here.report([Report(sequence=1)], Stream(told))
+    here.report([Report(sequence=1)], ear)
     there.apply_remote(here.export(mine), "here")
     assert there.command(there.get("s"), CommandKind.SPEED_LIMIT, "polite", 12.0)
-    here.report([Report(sequence=2)], Stream(told))
+    here.report([Report(sequence=2)], ear)
     assert here.apply_remote(there.export(there.get("s")), "here"), "though what it says of counters is old"
-    assert [(command.kind, command.pages_per_minute) for command in told] == [(CommandKind.SPEED_LIMIT, 12.0)]
+    assert [(command.kind, command.pages_per_minute) for command in ear.heard] == [(CommandKind.SPEED_LIMIT, 12.0)]
     assert (mine.sequence, mine.owner, mine.rarities.pages_per_minute_limit) == (2, "", 12.0)
-    assert here.report([Report(sequence=3)]).commands == told
-    here.report([Report(sequence=4, acknowledged_command=told[0].number)])
+    assert here.report([Report(sequence=3)]).commands == ear.heard
+    here.report([Report(sequence=4, acknowledged_command=ear.heard[0].number)])
     assert there.apply_remote(here.export(mine), "here")
     assert there.get("s").command is None
     assert here.report([Report(sequence=5)]).commands == []

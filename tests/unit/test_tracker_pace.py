@@ -7,9 +7,15 @@ import math
 import pytest
 
 from session_tracker import eta
+from session_tracker.rate import Rate
 from session_tracker.series import SPANS, add, read
-from session_tracker.sessions import Registration, State
-from tests.unit.test_tracker_sessions import Hands, Report, organization
+from session_tracker.sessions import Registration, Session, State
+from tests.support.tracker_memory import Hands, Report, organization
+
+
+def remaining(session: Session, now: float) -> float | None:
+    forecast = eta.forecast(session, now)
+    return None if forecast is None else forecast.seconds
 
 
 def test_a_steady_pace_has_a_narrow_interval_and_a_scattered_one_a_wide_one() -> None:
@@ -101,3 +107,96 @@ def test_the_series_holds_the_last_five_minutes_in_spans_of_ten_seconds() -> Non
         series = add(series, span, 20_000.0 + 10 * span)
     assert read(series, 20_990.0) == list(range(70, 100))
     assert len(series) == 5 + SPANS
+
+
+def test_the_eta_needs_a_total_and_three_pages_and_begins_anew_with_another_total() -> None:
+    hands = Hands()
+    tracker = organization(hands)
+    session = tracker.start(Registration("s"))
+    sequence = 0
+
+    def page(number: int, total: int) -> float | None:
+        nonlocal sequence
+        sequence += 1
+        hands.seconds += 4
+        tracker.report([Report(sequence=sequence, current_page=number, total_pages=total)])
+        tracker.settle()
+        return remaining(session, hands.seconds)
+
+    assert [page(number, 0) for number in range(1, 6)] == [None] * 5, "total unknown"
+    assert page(6, 20) == pytest.approx(14 * 4)
+    assert page(7, 20) == pytest.approx(13 * 4)
+    assert [page(8, 40), page(9, 40)] == [None, None], "another total"
+    assert page(10, 40) == pytest.approx(30 * 4)
+    hands.seconds += 1000
+    assert remaining(session, hands.seconds) == 0.0, "never in the past"
+    assert page(41, 40) == 0.0, "more pages than were foreseen"
+
+
+def test_the_pace_follows_the_last_pages() -> None:
+    hands = Hands()
+    tracker = organization(hands)
+    session = tracker.start(Registration("s"))
+    sequence = 0
+    for seconds, pages in ((1.0, 20), (3.0, 20)):
+        for _ in range(pages):
+            sequence += 1
+            hands.seconds += seconds
+            tracker.report([Report(sequence=sequence, current_page=sequence)])
+        tracker.settle()
+        assert session.interval == pytest.approx(seconds, rel=0.02)
+    hands.seconds += 30
+    tracker.report([Report(sequence=sequence + 1, current_page=sequence + 10)])
+    tracker.settle()
+    assert session.interval == pytest.approx(3.0, rel=0.02), "ten pages reported at once took 3 s each"
+
+
+def test_the_rate_slides_over_ten_seconds() -> None:
+    rate = Rate()
+    assert rate.per_second(5000.5) == 0.0
+    rate.add(100, 5000.5)
+    assert rate.per_second(5000.5) == 10.0
+    assert rate.per_second(5009.9) == 10.0
+    assert rate.per_second(5010.25) == pytest.approx(7.5), "the second at the far end counts in part"
+    assert rate.per_second(5011.0) == 0.0
+    rate.add(50, 5020.0)
+    assert rate.per_second(5020.0) == 5.0
+    assert rate.per_second(9999.0) == 0.0
+
+
+def test_a_session_stalls_after_ten_of_its_own_pages_and_comes_back_by_a_page() -> None:
+    hands = Hands()
+    tracker = organization(hands)
+    session = tracker.start(Registration("s"))
+    for page in range(1, 6):
+        tracker.report([Report(sequence=page, current_page=page)])
+        hands.seconds += 10
+    hands.seconds += 85
+    tracker.mark_silence(session)
+    assert session.state == State.RUNNING, "30 s are long past, but a page takes it 10 s"
+    tracker.report([Report(sequence=6, current_page=5)])
+    hands.seconds += 10
+    tracker.mark_silence(session)
+    assert session.state == State.STALLED
+    tracker.report([Report(sequence=7, current_page=5)])
+    assert session.state == State.STALLED, "a report without a page is no progress"
+    tracker.report([Report(sequence=8, current_page=6)])
+    assert session.state == State.RUNNING
+    assert tracker.totals().by_state[State.RUNNING] == 1
+
+
+def test_a_pause_is_not_a_stall_and_does_not_count_as_pace() -> None:
+    hands = Hands()
+    tracker = organization(hands)
+    session = tracker.start(Registration("s", total_pages=10))
+    for page in range(1, 5):
+        tracker.report([Report(sequence=page, current_page=page, total_pages=10)])
+        hands.seconds += 2
+    tracker.report([Report(sequence=5, current_page=4, total_pages=10, state=State.PAUSED)])
+    hands.seconds += 100
+    tracker.mark_silence(session)
+    assert session.state == State.PAUSED
+    assert remaining(session, hands.seconds) is None
+    tracker.report([Report(sequence=6, current_page=4, total_pages=10)])
+    assert session.interval == pytest.approx(2.0)
+    assert remaining(session, hands.seconds) == pytest.approx(12.0)

@@ -13,8 +13,8 @@ from session_tracker.commands import Command, CommandKind
 from session_tracker.reports import ReportStream
 
 
-def answer(request: pb.ReportStreamRequest, _: ReportStream) -> pb.ReportStreamResponse:
-    return pb.ReportStreamResponse(batch=request.batch)
+def answer(data: bytes, _: ReportStream) -> pb.ReportStreamResponse:
+    return pb.ReportStreamResponse(batch=pb.ReportStreamRequest.FromString(data).batch)
 
 
 class Client:
@@ -24,10 +24,10 @@ class Client:
         self.read = 0
         self.answers: asyncio.Queue[pb.ReportStreamResponse] = asyncio.Queue(room)
 
-    async def batches(self) -> AsyncIterator[pb.ReportStreamRequest]:
+    async def batches(self) -> AsyncIterator[bytes]:
         while True:
             self.read += 1
-            yield pb.ReportStreamRequest(batch=self.read)
+            yield pb.ReportStreamRequest(batch=self.read).SerializeToString()
             # A chance for everyone else, as waiting for the wire is.
             await asyncio.sleep(0)
 
@@ -53,8 +53,8 @@ async def test_a_client_that_does_not_read_its_answers_is_not_read_from() -> Non
 async def test_a_command_does_not_wait_for_the_next_batch_and_the_newest_is_told() -> None:
     silent = asyncio.Event()
 
-    async def batches() -> AsyncIterator[pb.ReportStreamRequest]:
-        yield pb.ReportStreamRequest(batch=1)
+    async def batches() -> AsyncIterator[bytes]:
+        yield pb.ReportStreamRequest(batch=1).SerializeToString()
         await silent.wait()
 
     client = Client()
@@ -79,11 +79,12 @@ async def test_a_command_does_not_wait_for_the_next_batch_and_the_newest_is_told
 async def test_what_was_taken_before_the_drain_is_answered() -> None:
     taken = []
 
-    def take(request: pb.ReportStreamRequest, stream: ReportStream) -> pb.ReportStreamResponse:
-        taken.append(request.batch)
-        if request.batch == 5:
+    def take(data: bytes, stream: ReportStream) -> pb.ReportStreamResponse:
+        answered = answer(data, stream)
+        taken.append(answered.batch)
+        if answered.batch == 5:
             stream.drain()
-        return answer(request, stream)
+        return answered
 
     client = Client()
     with pytest.raises(Draining):

@@ -1,80 +1,28 @@
-"""The session tracker's memory: reports, pace, silence, roll-ups and the order of changes, on an injected clock."""
+"""The session tracker's memory: reports, silence, ends, roll-ups and the order of changes, on an injected clock."""
 
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any
-from uuid import UUID, uuid4
+from datetime import UTC, datetime
+from typing import NoReturn
+from uuid import uuid4
 
 import pytest
 from muster.session_tracker.v1 import session_pb2
 
 from session_tracker import changes as changes_module
-from session_tracker import eta
-from session_tracker.clock import Clock
-from session_tracker.commands import Command, CommandKind
 from session_tracker.config import SessionsConfig
 from session_tracker.errors import SessionAlreadyCompleted, SessionLimitReached, SessionNotFound
-from session_tracker.organizations import STALE, TAKEN, UNKNOWN, Organization, Organizations
-from session_tracker.rate import Rate
+from session_tracker.organizations import STALE, TAKEN, UNKNOWN, Organizations
 from session_tracker.results import Result
 from session_tracker.sessions import Lease, Registration, Session, State
 from session_tracker.silence import Silence
+from tests.support.tracker_memory import ORGANIZATION, Hands, Report, organization
 from tests.support.tracker_model import Table
-
-ORGANIZATION = UUID(int=1)
-NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
-
-
-@dataclass(slots=True)
-class Hands:
-    """A clock set by hand; it begins far from 0, as a monotonic clock does."""
-
-    seconds: float = 1000.0
-
-    def clock(self) -> Clock:
-        return Clock(lambda: self.seconds, lambda: NOON + timedelta(seconds=self.seconds))
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    session_id: str = "s"
-    sequence: int = 1
-    state: int = 0
-    stage: str = ""
-    current_page: int = 0
-    total_pages: int = 0
-    products_found: int = 0
-    errors_count: int = 0
-    reason: str = ""
-    errors_by_class: tuple[Any, ...] = ()
-    last_errors: tuple[Any, ...] = ()
-    acknowledged_command: int = 0
-
-
-def remaining(session: Session, now: float) -> float | None:
-    forecast = eta.forecast(session, now)
-    return None if forecast is None else forecast.seconds
-
-
-def organization(hands: Hands, **settings: Any) -> Organization:
-    return Organization(ORGANIZATION, SessionsConfig(**settings), hands.clock())
 
 
 def state(session: Session) -> State:
     return State(session.state)
-
-
-class Stream:
-    """A report stream that notes what it is told."""
-
-    def __init__(self, told: list[Command]) -> None:
-        self._told = told
-
-    def tell(self, command: Command) -> None:
-        self._told.append(command)
 
 
 def test_states_and_verdicts_are_numbered_as_in_the_contract() -> None:
@@ -154,44 +102,6 @@ def test_states_follow_reports() -> None:
         assert {member for member, count in tracker.totals().by_state.items() if count} == {then}
 
 
-async def test_a_session_stalls_after_ten_of_its_own_pages_and_comes_back_by_a_page() -> None:
-    hands = Hands()
-    tracker = organization(hands)
-    session = tracker.start(Registration("s"))
-    for page in range(1, 6):
-        tracker.report([Report(sequence=page, current_page=page)])
-        hands.seconds += 10
-    hands.seconds += 85
-    tracker.mark_silence(session)
-    assert state(session) is State.RUNNING, "30 s are long past, but a page takes it 10 s"
-    tracker.report([Report(sequence=6, current_page=5)])
-    hands.seconds += 10
-    tracker.mark_silence(session)
-    assert state(session) is State.STALLED
-    tracker.report([Report(sequence=7, current_page=5)])
-    assert state(session) is State.STALLED, "a report without a page is no progress"
-    tracker.report([Report(sequence=8, current_page=6)])
-    assert state(session) is State.RUNNING
-    assert tracker.totals().by_state[State.RUNNING] == 1
-
-
-def test_a_pause_is_not_a_stall_and_does_not_count_as_pace() -> None:
-    hands = Hands()
-    tracker = organization(hands)
-    session = tracker.start(Registration("s", total_pages=10))
-    for page in range(1, 5):
-        tracker.report([Report(sequence=page, current_page=page, total_pages=10)])
-        hands.seconds += 2
-    tracker.report([Report(sequence=5, current_page=4, total_pages=10, state=State.PAUSED)])
-    hands.seconds += 100
-    tracker.mark_silence(session)
-    assert state(session) is State.PAUSED
-    assert remaining(session, hands.seconds) is None
-    tracker.report([Report(sequence=6, current_page=4, total_pages=10)])
-    assert session.interval == pytest.approx(2.0)
-    assert remaining(session, hands.seconds) == pytest.approx(12.0)
-
-
 async def test_a_session_whose_end_was_never_heard_of_ends_by_its_result_on_record() -> None:
     hands = Hands()
     organizations = Organizations(SessionsConfig(), hands.clock())
@@ -200,7 +110,7 @@ async def test_a_session_whose_end_was_never_heard_of_ends_by_its_result_on_reco
     silence = Silence(organizations, table)
     session, other = tracker.start(Registration("s")), tracker.start(Registration("other"))
     started = datetime(2026, 1, 1, tzinfo=UTC)
-    result = Result(ORGANIZATION, "s", State.FAILED, "end", 7, 5, 2, started, "", "", "", "no such page")
+    result = Result(ORGANIZATION, "s", State.FAILED, "end", 7, 5, 2, started, "", "", "", "no such page" * 30)
     await table.record([result])
     hands.seconds += 120
     table.fails = True
@@ -208,7 +118,7 @@ async def test_a_session_whose_end_was_never_heard_of_ends_by_its_result_on_reco
     assert (state(session), state(other)) == (State.LOST, State.LOST)
     table.fails = False
     await silence.look()
-    assert (state(session), session.current_page, session.reason) == (State.FAILED, 7, "no such page")
+    assert (state(session), session.current_page, session.reason) == (State.FAILED, 7, ("no such page" * 30)[:256])
     assert state(other) is State.LOST
 
 
@@ -237,61 +147,6 @@ async def test_a_silent_session_is_lost_comes_back_by_a_report_and_is_forgotten_
     await silence.look()
     assert [held.session_id for held in tracker.after("")] == ["kept"]
     assert tracker.totals().pages == 0
-
-
-def test_the_eta_needs_a_total_and_three_pages_and_begins_anew_with_another_total() -> None:
-    hands = Hands()
-    tracker = organization(hands)
-    session = tracker.start(Registration("s"))
-    sequence = 0
-
-    def page(number: int, total: int) -> float | None:
-        nonlocal sequence
-        sequence += 1
-        hands.seconds += 4
-        tracker.report([Report(sequence=sequence, current_page=number, total_pages=total)])
-        tracker.settle()
-        return remaining(session, hands.seconds)
-
-    assert [page(number, 0) for number in range(1, 6)] == [None] * 5, "total unknown"
-    assert page(6, 20) == pytest.approx(14 * 4)
-    assert page(7, 20) == pytest.approx(13 * 4)
-    assert [page(8, 40), page(9, 40)] == [None, None], "another total"
-    assert page(10, 40) == pytest.approx(30 * 4)
-    hands.seconds += 1000
-    assert remaining(session, hands.seconds) == 0.0, "never in the past"
-    assert page(41, 40) == 0.0, "more pages than were foreseen"
-
-
-def test_the_pace_follows_the_last_pages() -> None:
-    hands = Hands()
-    tracker = organization(hands)
-    session = tracker.start(Registration("s"))
-    sequence = 0
-    for seconds, pages in ((1.0, 20), (3.0, 20)):
-        for _ in range(pages):
-            sequence += 1
-            hands.seconds += seconds
-            tracker.report([Report(sequence=sequence, current_page=sequence)])
-        tracker.settle()
-        assert session.interval == pytest.approx(seconds, rel=0.02)
-    hands.seconds += 30
-    tracker.report([Report(sequence=sequence + 1, current_page=sequence + 10)])
-    tracker.settle()
-    assert session.interval == pytest.approx(3.0, rel=0.02), "ten pages reported at once took 3 s each"
-
-
-def test_the_rate_slides_over_ten_seconds() -> None:
-    rate = Rate()
-    assert rate.per_second(5000.5) == 0.0
-    rate.add(100, 5000.5)
-    assert rate.per_second(5000.5) == 10.0
-    assert rate.per_second(5009.9) == 10.0
-    assert rate.per_second(5010.25) == pytest.approx(7.5), "the second at the far end counts in part"
-    assert rate.per_second(5011.0) == 0.0
-    rate.add(50, 5020.0)
-    assert rate.per_second(5020.0) == 5.0
-    assert rate.per_second(9999.0) == 0.0
 
 
 def test_limits_and_completed_ids() -> None:
@@ -336,71 +191,43 @@ def test_finished_sessions_leave_room_for_others_and_show_how_they_ended() -> No
     assert tracker.report([Report("a", sequence=3)]).verdicts == [UNKNOWN]
 
 
-def test_commands_are_numbered_upwards_and_the_newest_stands() -> None:
-    hands = Hands()
-    tracker = organization(hands)
-    session = tracker.start(Registration("s"))
-    tracker.command(session, CommandKind.PAUSE, "")
-    tracker.command(session, CommandKind.RESUME, "")
-    (resume,) = tracker.report([Report(sequence=1)]).commands
-    assert resume.kind == CommandKind.RESUME
-    assert tracker.report([Report(sequence=2, acknowledged_command=resume.number)]).commands == []
-    tracker.command(session, CommandKind.STOP, "")
-    assert session.command is not None
-    assert session.command.number > resume.number
-    after = organization(hands)
-    again = Report(sequence=3, acknowledged_command=session.command.number + 10**9)
-    restarted = after.start(Registration("s", progress=again))
-    after.command(restarted, CommandKind.PAUSE, "")
-    assert [command.kind for command in after.report([Report(sequence=4)]).commands] == [CommandKind.PAUSE], (
-        "above what the worker carried out before the restart"
+class Unscannable(dict[str, Session]):
+    """Sessions that may be looked up by id, and not looked through."""
+
+    def _refuse(self) -> NoReturn:
+        raise AssertionError("all sessions were looked at")
+
+    def __iter__(self) -> NoReturn:
+        self._refuse()
+
+    def keys(self) -> NoReturn:
+        self._refuse()
+
+    def values(self) -> NoReturn:
+        self._refuse()
+
+    def items(self) -> NoReturn:
+        self._refuse()
+
+
+def test_roll_ups_look_at_no_session() -> None:
+    organizations = Organizations(SessionsConfig(), Hands().clock())
+    tracker = organizations.of(ORGANIZATION)
+    tracker.sessions = tracker.live.sessions = Unscannable()
+    for number in range(100):
+        tracker.start(Registration(f"s{number}", slot_id=f"slot-{number % 2}"))
+        tracker.report([Report(f"s{number}", 1, current_page=number, products_found=2 * number)])
+    tracker.complete("s1", 1)
+    tracker.drop("s3")
+    everything, slot = sum(range(100)) - 1 - 3, sum(range(0, 100, 2))
+    assert (tracker.totals().live, tracker.totals().pages, tracker.totals().products) == (
+        98,
+        everything,
+        2 * everything,
     )
-
-
-def test_leases_are_due_once_a_round_and_a_lost_one_is_told_until_the_end() -> None:
-    hands = Hands()
-    tracker = organization(hands)
-    told: list[Command] = []
-    stream = Stream(told)
-    session = tracker.start(Registration("s", lease=Lease(str(uuid4()), b"t" * 16)))
-    tracker.start(Registration("without"))
-    assert tracker.live.moved == []
-    tracker.report([Report(sequence=1), Report("without", sequence=1)], stream)
-    tracker.report([Report(sequence=2)], stream)
-    tracker.settle()
-    assert tracker.live.moved == [session]
-    tracker.lose_lease(session, "LEASE_LOST: expired")
-    assert told == [Command("s", CommandKind.LEASE_LOST, "LEASE_LOST: expired")]
-    assert tracker.report([Report(sequence=3), Report(sequence=4)]).commands == told
-    assert tracker.report([Report(sequence=4)]).commands == told, "also with a stale report"
-    assert (state(session), session.reason) == (State.LOST, "lease lost: LEASE_LOST: expired")
-    tracker.report([Report(sequence=5, state=State.PAUSED, current_page=3)])
-    assert (state(session), session.current_page) == (State.LOST, 3), "reported on, and lost all the same"
-    assert not tracker.command(session, CommandKind.RESUME, ""), "nothing replaces a lost lease"
-    assert tracker.live.moved == [session], "nor is it renewed"
-    tracker.start(Registration("s", lease=Lease(str(uuid4()), b"u" * 16), progress=Report(sequence=6)))
-    assert state(session) is State.RUNNING, "another lease brings it back"
-    assert not tracker.report([Report(sequence=7)]).commands
-    assert tracker.live.moved == [session, session]
-
-
-def test_a_stalled_session_does_not_renew_its_lease() -> None:
-    hands = Hands()
-    tracker = organization(hands)
-    session = tracker.start(Registration("s", lease=Lease(str(uuid4()), b"t" * 16)))
-    tracker.report([Report(sequence=1)])
-    tracker.settle()
-    tracker.live.moved.clear()
-    session.renewable = True
-    hands.seconds += 31
-    tracker.mark_silence(session)
-    assert state(session) is State.STALLED
-    tracker.report([Report(sequence=2)])
-    tracker.settle()
-    assert tracker.live.moved == []
-    tracker.report([Report(sequence=3, current_page=1)])
-    tracker.settle()
-    assert tracker.live.moved == [session]
+    assert (tracker.totals("slot-0").live, tracker.totals("slot-0").pages) == (50, slot)
+    assert (organizations.fleet().live, organizations.fleet().pages) == (98, everything)
+    assert organizations.count(State.RUNNING) == 98
 
 
 def test_changes_after_an_offset(monkeypatch: pytest.MonkeyPatch) -> None:
