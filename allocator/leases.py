@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 import structlog
@@ -54,8 +54,7 @@ class PersonaUse(IntEnum):
     BLOCKED = 4
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseName:
+class LeaseName(NamedTuple):
     """A lease and the token that proves it."""
 
     key: UUID

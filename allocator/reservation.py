@@ -19,6 +19,7 @@ from uuid import UUID
 
 from asyncpg.pgproto import pgproto
 
+from allocator.array_text import array, ids, numbers, texts
 from allocator.packages import TASKS, AssignedExit, AssignedPersona, Demand, Package, Pick, Task, Terms
 from allocator.slots import PersonaNeed
 from services.errors import DomainError, RequestIdReused
@@ -251,30 +252,29 @@ async def grant(
     if not units:
         return {}
     answers: dict[int, list[bytes]] = {}
-    clients, instances, traces = [], [], []
+    speakers: list[Demand] = []
     for unit, (key, _) in zip(units, names, strict=True):
         answers.setdefault(unit.number, []).append(key.bytes)
-        demand = demands[unit.number]
-        clients.append(demand.client_id)
-        instances.append(demand.instance_number)
-        traces.append(demand.traceparent or None)
+        speakers.append(demands[unit.number])
     served = sorted(answers, key=lambda number: demands[number].request_id.bytes)
+    classes = [unit.pick.slot_class for unit in units]
+    exits = [unit.exit_row for unit in units]
     row = await connection.fetchrow(
         _SQL["grant_leases"],
         organization_id,
         work_date,
-        [key for key, _ in names],
-        [token for _, token in names],
-        [unit.pick.slot_id for unit in units],
-        [unit.pick.slot_class.target for unit in units],
-        [unit.exit_row["exit_id"] if unit.exit_row else None for unit in units],
-        [unit.exit_row["toggle_epoch"] if unit.exit_row else None for unit in units],
-        [unit.exit_row is not None and unit.exit_row["cap_mode"] == _CONCURRENT for unit in units],
-        [unit.pick.slot_class.exit_provider for unit in units],
-        clients,
-        instances,
-        [unit.pick.slot_class.persona_need or None for unit in units],
-        traces,
+        array(key.hex for key, _ in names),
+        array(token.hex for _, token in names),
+        ids([unit.pick.slot_id for unit in units]),
+        texts([demand.client_id for demand in speakers]),
+        array(demand.instance_number for demand in speakers),
+        texts([slots.target for slots in classes]),
+        ids([exit_["exit_id"] if exit_ else None for exit_ in exits]),
+        numbers([exit_["toggle_epoch"] if exit_ else None for exit_ in exits]),
+        numbers([True if exit_ and exit_["cap_mode"] == _CONCURRENT else None for exit_ in exits]),
+        texts([slots.exit_provider for slots in classes]),
+        texts([slots.persona_need or "" for slots in classes]),
+        texts([demand.traceparent for demand in speakers]),
         duration_seconds,
         greatest_age_seconds,
         [demands[number].request_id for number in served],

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from allocator.array_text import array, numbers, texts
 from allocator.errors import AllocationNotFound, LeaseLost, LeaseTokenMismatch
 from allocator.lease_store import Counts, Day, count_ends, lock_tracking
 from allocator.leases import Status, work_dates
@@ -247,7 +248,7 @@ async def _record_late(
     if readmitted:
         await count_ends(connection, organization_id, moves)
         kept = [result.submission for result in readmitted]
-        days = _array(result.row["work_date"] for result in readmitted)
+        days = array(result.row["work_date"] for result in readmitted)
         at = await connection.fetchval(_SQL["readmit_late"], organization_id, *_arguments(kept), days)
         await _insert_products(connection, organization_id, at, kept)
         for result in readmitted:
@@ -271,42 +272,24 @@ def _arguments(submissions: Sequence[Submission]) -> tuple[Any, ...]:
     speakers: dict[ClientIdentity, int] = {}
     places = [speakers.setdefault(submission.client, len(speakers) + 1) for submission in submissions]
     return (
-        _array(submission.name.key.hex for submission in submissions),
-        _array(submission.name.token.hex for submission in submissions),
-        _array(int(submission.status) for submission in submissions),
-        _array(submission.execution_time_ms for submission in submissions),
-        _array(places),
-        _texts([submission.block_type for submission in submissions]),
-        _texts([json.dumps(s.applied_settings) if s.applied_settings else "" for s in submissions]),
-        _texts([submission.exit_ip for submission in submissions]),
-        _numbers([submission.retry_after_ms for submission in submissions]),
-        _texts([submission.error_message for submission in submissions]),
-        _numbers([submission.persona_used or None for submission in submissions]),
-        _numbers([len(submission.products) or None for submission in submissions]),
-        _numbers([submission.exit_signal for submission in submissions]),
+        array(submission.name.key.hex for submission in submissions),
+        array(submission.name.token.hex for submission in submissions),
+        array(int(submission.status) for submission in submissions),
+        array(submission.execution_time_ms for submission in submissions),
+        array(places),
+        texts([submission.block_type for submission in submissions]),
+        texts([json.dumps(s.applied_settings) if s.applied_settings else "" for s in submissions]),
+        texts([submission.exit_ip for submission in submissions]),
+        numbers([submission.retry_after_ms for submission in submissions]),
+        texts([submission.error_message for submission in submissions]),
+        numbers([submission.persona_used or None for submission in submissions]),
+        numbers([len(submission.products) or None for submission in submissions]),
+        numbers([submission.exit_signal for submission in submissions]),
         [client.client_id for client in speakers],
         [client.client_ip for client in speakers],
         [client.instance_number for client in speakers],
         [client.user_folder_number for client in speakers],
     )
-
-
-def _array(values: Iterable[object]) -> str:
-    """Returns the text of an array whose elements need no quotes."""
-    return f"{{{','.join(map(str, values))}}}"
-
-
-def _numbers(values: Sequence[int | None]) -> str:
-    if not any(value is not None for value in values):
-        return "{}"
-    return _array("NULL" if value is None else int(value) for value in values)
-
-
-def _texts(values: Sequence[str]) -> str:
-    if not any(values):
-        return "{}"
-    quoted = ('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if value else "NULL" for value in values)
-    return f"{{{','.join(quoted)}}}"
 
 
 async def _insert_products(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
+from itertools import islice
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -154,37 +155,37 @@ class Results:
             await queue.close()
 
     async def _run(self, organization_id: UUID, calls: Sequence[Sequence[Submission]]) -> list[list[Answer]]:
-        answers: list[list[Answer | None]] = [[None] * len(call) for call in calls]
-        waiting = [
-            (submission, number, place) for number, call in enumerate(calls) for place, submission in enumerate(call)
-        ]
+        given = [submission for call in calls for submission in call]
+        answers: dict[int, Answer] = {}
+        waiting = list(range(len(given)))
         while waiting:
-            batch: dict[UUID, tuple[Submission, int, int]] = {}
-            later = []
-            for entry in waiting:
-                # The same key twice: the second meets what the first has left.
-                if entry[0].name.key in batch or len(batch) == _BATCH_RESULTS:
-                    later.append(entry)
-                else:
-                    batch[entry[0].name.key] = entry
+            # The same key twice: the second meets what the first has left.
+            first: dict[UUID, int] = {}
+            for place in waiting:
+                first.setdefault(given[place].name.key, place)
+            batch = dict(islice(first.items(), _BATCH_RESULTS))
+            later = [place for place in waiting if batch.get(given[place].name.key) != place]
+            submissions = [given[place] for place in batch.values()]
             with _SUBMIT_SECONDS.time():
-                recorded = await self._store.submit(
-                    organization_id, [submission for submission, _, _ in batch.values()]
-                )
-            for (_, number, place), answer in zip(batch.values(), recorded.answers, strict=True):
-                answers[number][place] = answer
-            self._note(organization_id, [submission for submission, _, _ in batch.values()], recorded)
+                recorded = await self._store.submit(organization_id, submissions)
+            answers.update(zip(batch.values(), recorded.answers, strict=True))
+            self._note(organization_id, submissions, recorded)
             waiting = later
-        return [[answer for answer in call if answer is not None] for call in answers]
+        in_order = iter([answers[place] for place in range(len(given))])
+        return [list(islice(in_order, len(call))) for call in calls]
 
     def _note(self, organization_id: UUID, submissions: Sequence[Submission], recorded: Recorded) -> None:
         dispositions: Counter[Disposition] = Counter()
         outcomes: Counter[Status] = Counter()
-        for submission, answer in zip(submissions, recorded.answers, strict=True):
+        # Nearly all of a batch share one acknowledgement, and one outcome.
+        alike = Counter(zip(map(id, recorded.answers), (submission.status for submission in submissions), strict=True))
+        by_id = {id(answer): answer for answer in recorded.answers}
+        for (which, status), count in alike.items():
+            answer = by_id[which]
             if isinstance(answer, Acknowledgement) and not answer.repeated:
-                dispositions[answer.disposition] += 1
+                dispositions[answer.disposition] += count
                 if answer.disposition is not Disposition.QUARANTINED:
-                    outcomes[submission.status] += 1
+                    outcomes[status] += count
         if not dispositions:
             return
         for disposition, count in dispositions.items():

@@ -110,15 +110,15 @@ def _submission(checks: Checks, number: int, result: work_pb2.WorkResult, client
         client,
         status,
         block_type,
-        _milliseconds(seconds) or 0,
+        round((seconds or 0) * 1000),
         settings(checks, f"{path}.applied_settings", result.applied_settings) if result.applied_settings else {},
         exit_ip,
         _products(checks, path, result) if result.products else (),
-        _milliseconds(retry_after),
+        None if retry_after is None else round(retry_after * 1000),
         error_message,
         result.persona_used,
         signal,
-        _milliseconds(crawl_delay),
+        None if crawl_delay is None else round(crawl_delay * 1000),
     )
 
 
@@ -134,10 +134,6 @@ def _lease_name(checks: Checks, path: str, result: work_pb2.WorkResult) -> Lease
     if not result.HasField("lease"):
         checks.fail(f"{path}.lease", "required")
     return lease_name(checks, f"{path}.lease", lease)
-
-
-def _milliseconds(seconds: float | None) -> int | None:
-    return None if seconds is None else round(seconds * 1000)
 
 
 def _products(checks: Checks, path: str, result: work_pb2.WorkResult) -> tuple[Product, ...]:

@@ -213,11 +213,12 @@ WITH granted AS MATERIALIZED (
 SELECT * FROM there UNION ALL SELECT * FROM elsewhere;
 
 -- name: grant_leases
--- Writes the leases and the answers of their requests. $1 organization, $2 work date, $3 keys, $4 tokens, $5 slots,
--- $6 targets, $7 exits, $8 exit epochs, $9 whether their uses return, $10 providers, $11 clients, $12 instances,
--- $13 persona needs, $14 traceparents, $15 duration and $16 greatest age in seconds, $17 requests in order, $18 their
--- digests, $19 their answers. Returns the times of the leases and how many requests were new, one row; fewer than given
--- means that another transaction served one of them meanwhile.
+-- Writes the leases and the answers of their requests. $1 organization, $2 work date, then of each lease, as texts of
+-- arrays, since a driver that encodes their elements one by one takes longer: $3 keys, $4 tokens, $5 slots, $6 clients,
+-- $7 instances; as empty arrays if none has one, with NULL where one has not: $8 targets, $9 exits, $10 exit epochs,
+-- $11 whether their uses return, $12 providers, $13 persona needs, $14 traceparents. $15 duration and $16 greatest age
+-- in seconds, $17 requests in order, $18 their digests, $19 their answers. Returns the times of the leases and how many
+-- requests were new, one row; fewer than given means that another transaction served one of them meanwhile.
 WITH clock AS (
   SELECT statement_timestamp() AS granted_at,
     statement_timestamp() + $15::float8 * interval '1 second' AS expires_at,
@@ -226,11 +227,13 @@ WITH clock AS (
   INSERT INTO leases (allocation_key, organization_id, lease_token, work_date, slot_id, target, exit_id, exit_epoch,
     exit_returns, exit_provider, client_id, instance_number, persona_need, traceparent, granted_at, expires_at,
     renewable_until, sweep_at)
-  SELECT u.key, $1, u.token, $2, u.slot_id, u.target, u.exit_id, u.exit_epoch, u.exit_returns, u.exit_provider,
-    u.client_id, u.instance_number, u.need, u.trace, c.granted_at, c.expires_at, c.renewable_until, c.expires_at
-  FROM clock c, unnest($3::uuid[], $4::uuid[], $5::uuid[], $6::text[], $7::uuid[], $8::integer[], $9::boolean[],
-    $10::text[], $11::text[], $12::integer[], $13::text[], $14::text[])
-    AS u (key, token, slot_id, target, exit_id, exit_epoch, exit_returns, exit_provider, client_id, instance_number,
+  SELECT u.key, $1, u.token, $2, u.slot_id, coalesce(u.target, ''), u.exit_id, u.exit_epoch,
+    coalesce(u.exit_returns, false), coalesce(u.exit_provider, ''), u.client_id, u.instance_number, u.need, u.trace,
+    c.granted_at, c.expires_at, c.renewable_until, c.expires_at
+  FROM clock c, unnest($3::text::uuid[], $4::text::uuid[], $5::text::uuid[], $6::text::text[], $7::text::integer[],
+    $8::text::text[], $9::text::uuid[], $10::text::integer[], $11::text::boolean[], $12::text::text[],
+    $13::text::text[], $14::text::text[])
+    AS u (key, token, slot_id, client_id, instance_number, target, exit_id, exit_epoch, exit_returns, exit_provider,
       need, trace)
 ), answered AS (
   INSERT INTO requests (organization_id, method, request_id, request_sha256, answer)

@@ -18,18 +18,17 @@ import json
 import os
 import sys
 import time
-import uuid
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
-import grpc
 import uvloop
-from google.protobuf.duration_pb2 import Duration
-from muster.allocator.v1 import work_pb2, work_pb2_grpc
+
+from bench.allocator.wire import ALLOCATE, SUBMIT, Wire
+from bench.http2 import Connection
 
 # A connection that hears "no work" so many times in a row has emptied the stock.
 _LAST_NO_WORK = 5
-_TWO_SECONDS = Duration(seconds=2)
+_STREAM = "/muster.allocator.v1.WorkService/WorkStream"
+_UNARY = "/muster.allocator.v1.WorkService/AllocateWork"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,82 +81,95 @@ class Client:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._until = order.begin + order.seconds
-        self._metadata = (("authorization", f"Bearer {order.key}"),)
+        self._metadata = [("authorization", f"Bearer {order.key}")]
         self.tally = Tally(units=[0] * max(1, round(order.seconds)))
 
     async def run(self) -> Tally:
         """Runs until the order's time is over."""
-        order = self._order
-        async with _Channels(order) as channels:
-            connections = [self._connection(number, channel) for number, channel in enumerate(channels)]
-            await asyncio.gather(*connections)
+        targets = itertools.cycle(self._order.targets)
+        connections = [
+            await Connection.open(address, self._metadata)
+            for address in itertools.islice(targets, self._order.connections)
+        ]
+        await asyncio.gather(*(self._connection(number, open_) for number, open_ in enumerate(connections)))
+        for connection in connections:
+            connection.close()
         return self.tally
 
-    async def _connection(self, number: int, channel: grpc.aio.Channel) -> None:
-        stub = work_pb2_grpc.WorkServiceStub(channel)
-        client = work_pb2.ClientIdentity(client_id=f"bench-{os.getpid()}-{number}", instance_number=number)
+    async def _connection(self, number: int, connection: Connection) -> None:
+        wire = Wire(f"bench-{os.getpid()}-{number}", number, self._order.items)
         match self._order.shape:
             case "unary":
-                await asyncio.gather(*(self._unary(stub, client) for _ in range(self._order.in_flight)))
+                await asyncio.gather(*(self._unary(connection, wire) for _ in range(self._order.in_flight)))
             case "paced":
-                await self._paced(stub, client, number)
+                await self._paced(connection, wire, number)
             case shape:
-                await self._stream(stub, client, shape)
+                await self._stream(connection, wire, shape)
 
-    async def _unary(self, stub: Any, client: work_pb2.ClientIdentity) -> None:
+    async def _unary(self, connection: Connection, wire: Wire) -> None:
         while (now := time.monotonic()) < self._until:
-            answer = await stub.AllocateWork(self._ask(client), metadata=self._metadata, timeout=30)
-            self._count(answer, now)
+            answer = await connection.unary(_UNARY, wire.demand())
+            if answer is None:
+                self.tally.refused += 1
+            else:
+                self._count(len(wire.leases(answer, 0)), now)
 
-    async def _stream(self, stub: Any, client: work_pb2.ClientIdentity, shape: str) -> None:
-        call = stub.WorkStream(metadata=self._metadata)
+    async def _stream(self, connection: Connection, wire: Wire, shape: str) -> None:
+        call = connection.call(_STREAM)
         numbers = itertools.count(1)
         sent: dict[int, float] = {}
         no_work_in_a_row = 0
 
-        async def send(**request: Any) -> None:
+        def ask() -> None:
             sequence = next(numbers)
             sent[sequence] = time.monotonic()
-            await call.write(work_pb2.WorkStreamRequest(sequence=sequence, **request))
+            call.write(wire.allocate(sequence))
 
         for _ in range(self._order.in_flight):
-            await send(allocate=self._ask(client))
+            ask()
         while sent:
             answer = await call.read()
-            at = sent.pop(answer.sequence)
+            if answer is None:
+                raise SystemExit("the service ended a stream")
+            sequence, field_, begin = wire.read(answer)
+            at = sent.pop(sequence)
             going_on = time.monotonic() < self._until
-            match answer.WhichOneof("answer"):
-                case "allocate":
-                    given = answer.allocate.allocations
-                    no_work_in_a_row = 0 if given else no_work_in_a_row + 1
-                    self._count(answer.allocate, at, recorded=shape == "cycle")
-                    if shape == "drain":
-                        going_on = going_on and no_work_in_a_row < _LAST_NO_WORK
-                    if shape == "cycle" and given:
-                        await send(submit=_results(client, given))
-                        continue
-                case "submit":
-                    self._count_recorded(answer.submit)
-                case _:
-                    self.tally.refused += 1
+            if field_ == ALLOCATE:
+                given = wire.leases(answer, begin)
+                no_work_in_a_row = 0 if given else no_work_in_a_row + 1
+                self._count(len(given), at, recorded=shape == "cycle")
+                if shape == "drain":
+                    going_on = going_on and no_work_in_a_row < _LAST_NO_WORK
+                if shape == "cycle" and given:
+                    sequence = next(numbers)
+                    sent[sequence] = time.monotonic()
+                    call.write(wire.submit(sequence, given))
+                    continue
+            elif field_ == SUBMIT:
+                told, done = wire.recorded(answer, begin)
+                self.tally.refused += told - done
+                self._add(done, time.monotonic())
+            else:
+                self.tally.refused += 1
             if going_on:
-                await send(allocate=self._ask(client))
-        await call.done_writing()
+                ask()
+        call.done_writing()
 
-    async def _paced(self, stub: Any, client: work_pb2.ClientIdentity, number: int) -> None:
+    async def _paced(self, connection: Connection, wire: Wire, number: int) -> None:
         order = self._order
-        call = stub.WorkStream(metadata=self._metadata)
+        call = connection.call(_STREAM)
         due: dict[int, float] = {}
         between = order.connections / order.rate
         # Begins a second early, to be warm; only what is due within the window counts.
         first = order.begin - 1.0 + number / order.rate
 
         async def read() -> None:
-            async for answer in call:
-                at = due.pop(answer.sequence)
+            while (answer := await call.read()) is not None:
+                sequence, _, begin = wire.read(answer)
+                at = due.pop(sequence)
                 if at >= order.begin:
                     self.tally.latencies.append(time.monotonic() - at)
-                self._count(answer.allocate, at)
+                self._count(len(wire.leases(answer, begin)), at)
 
         reader = asyncio.create_task(read())
         for sequence in itertools.count(1):
@@ -167,17 +179,11 @@ class Client:
             if (early := at - time.monotonic()) > 0:
                 await asyncio.sleep(early)
             due[sequence] = at
-            await call.write(work_pb2.WorkStreamRequest(sequence=sequence, allocate=self._ask(client)))
-        await call.done_writing()
+            call.write(wire.allocate(sequence))
+        call.done_writing()
         await reader
 
-    def _ask(self, client: work_pb2.ClientIdentity) -> work_pb2.AllocateWorkRequest:
-        return work_pb2.AllocateWorkRequest(
-            request_id=str(uuid.UUID(bytes=os.urandom(16))), client=client, max_items=self._order.items
-        )
-
-    def _count(self, answer: work_pb2.AllocateWorkResponse, sent_at: float, *, recorded: bool = False) -> None:
-        given = len(answer.allocations)
+    def _count(self, given: int, sent_at: float, *, recorded: bool = False) -> None:
         now = time.monotonic()
         if given:
             self.tally.last_grant = max(self.tally.last_grant, sent_at)
@@ -187,49 +193,11 @@ class Client:
         if not recorded:
             self._add(given, now)
 
-    def _count_recorded(self, answer: work_pb2.SubmitResultsResponse) -> None:
-        done = sum(result.disposition == work_pb2.RESULT_DISPOSITION_RECORDED for result in answer.results)
-        self.tally.refused += len(answer.results) - done
-        self._add(done, time.monotonic())
-
     def _add(self, units: int, now: float) -> None:
         second = int(now - self._order.begin) if now >= self._order.begin else -1
         if 0 <= second < len(self.tally.units):
             self.tally.units[second] += units
             self.tally.calls += 1
-
-
-class _Channels:
-    """The connections of an order, each of its own."""
-
-    def __init__(self, order: Order) -> None:
-        # Without a pool of its own, channels to one address share one connection.
-        own = (("grpc.use_local_subchannel_pool", 1),)
-        self._channels = [
-            grpc.aio.insecure_channel(order.targets[number % len(order.targets)], options=own)
-            for number in range(order.connections)
-        ]
-
-    async def __aenter__(self) -> list[grpc.aio.Channel]:
-        return self._channels
-
-    async def __aexit__(self, *_: object) -> None:
-        for channel in self._channels:
-            await channel.close()
-
-
-def _results(client: work_pb2.ClientIdentity, given: Any) -> work_pb2.SubmitResultsRequest:
-    return work_pb2.SubmitResultsRequest(
-        client=client,
-        results=[
-            work_pb2.WorkResult(
-                lease=work_pb2.Lease(allocation_key=unit.allocation_key, lease_token=unit.lease_token),
-                outcome=work_pb2.WORK_OUTCOME_SUCCEEDED,
-                execution_time=_TWO_SECONDS,
-            )
-            for unit in given
-        ],
-    )
 
 
 def main() -> None:

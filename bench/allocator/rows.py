@@ -27,6 +27,10 @@ from services.launcher.postgres import EmbeddedPostgres
 _DRAIN_SLOTS, _DRAIN_QUOTA = 200, 50
 # Requests that each stream keeps unanswered: a machine of a fleet asks for more before the last answer is used up.
 _AHEAD = 2
+# Batches that each machine has in hand, when it also submits: one of each of its processes.
+_PROCESSES = 8
+# Calls for one unit that each connection keeps open, where one replica is to be what limits the rate.
+_SINGLE_CALLS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +130,10 @@ def cycles(bench: Bench) -> Measure:
     baseline: list[float] = []
     for _ in range(bench.plan.rounds):
         main.renew()
-        ours.append(bench.rate(bench.load("cycle", [server], main.key, bench.plan.seconds, in_flight=_AHEAD)))
+        ours.append(bench.rate(bench.load("cycle", [server], main.key, bench.plan.seconds, in_flight=_PROCESSES)))
         baseline.append(queue.run(bench.plan.jobs))
         bench.said(f"  {ours[-1]:,.0f}/s, PgQueuer {baseline[-1]:,.0f}/s")
-    return Measure(2, "allocate + submit, batches of 32, against PgQueuer", "1/s", ours, baseline, 1.5)
+    return Measure(2, "allocate + submit, batches of 32 on 16 streams, against PgQueuer", "1/s", ours, baseline, 1.5)
 
 
 def unary_cpu(bench: Bench) -> Measure:
@@ -207,7 +211,7 @@ def held_xmin(bench: Bench) -> Measure:
 
 
 def replicas(bench: Bench) -> Measure:
-    """Allocations a second of two replicas on one database, against one; and whether "no work" was ever untrue."""
+    """Unary allocations a second of two replicas on one database, against one; whether "no work" was ever untrue."""
     main, server = bench.main()
     two: list[float] = []
     one: list[float] = []
@@ -217,14 +221,14 @@ def replicas(bench: Bench) -> Measure:
             both = [([server, other], two), ([server], one)]
             for on, figures in both if number % 2 == 0 else reversed(both):
                 main.renew()
-                tally = bench.asked_ahead(on, main.key, bench.plan.seconds)
+                tally = bench.load("unary", on, main.key, bench.plan.seconds, in_flight=_SINGLE_CALLS, items=1)
                 untrue += tally.no_work
                 figures.append(bench.rate(tally))
             bench.said(f"  two {two[-1]:,.0f}/s, one {one[-1]:,.0f}/s")
     given, early = _drained(bench)
     units = _DRAIN_SLOTS * _DRAIN_QUOTA
     return Measure(
-        7, "allocations of two replicas on one database, against one", "1/s", two, one, 1.2,
+        7, "unary allocations of two replicas on one database, against one", "1/s", two, one, 1.2,
         also=[
             (f'no "no work" while units were plenty (heard {untrue})', untrue == 0),
             (f"two replicas hand out all of {units:,} units, each once (handed out {given:,})", given == units),
