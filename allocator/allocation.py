@@ -37,9 +37,11 @@ _LEAST_BESIDE_UNITS = 128
 _TRIES = 8
 # How often those who wait for work look again when nothing on this replica tells them to.
 _LOOK_SECONDS = 1.0
-# Slots, and exits, that a large batch takes its units from, and the most units that one gives it at a time.
+# Slots, and exits, that a batch takes its units from, and the most units that one gives it at a time. A very large batch
+# takes more from fewer: each update leaves a version of its row, which while an old snapshot is held nobody may remove.
 _SPREAD = 64
-_LONGEST_TURN = 16
+_LARGE_UNITS, _LARGE_SPREAD = 256, 32
+_LONGEST_TURN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +320,8 @@ def _units(attempt: _Attempt) -> int:
 
 def _turn(units: int) -> int:
     """Returns how many units a slot, or an exit, gives at a time in a batch of so many."""
-    return min(_LONGEST_TURN, max(1, math.ceil(units / _SPREAD)))
+    spread = _SPREAD if units <= _LARGE_UNITS else _LARGE_SPREAD
+    return min(_LONGEST_TURN, max(1, math.ceil(units / spread)))
 
 
 def _fitting(attempts: Sequence[_Attempt], waiting: Sequence[int]) -> tuple[list[int], list[int]]:
