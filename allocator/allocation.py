@@ -37,8 +37,9 @@ _LEAST_BESIDE_UNITS = 128
 _TRIES = 8
 # How often those who wait for work look again when nothing on this replica tells them to.
 _LOOK_SECONDS = 1.0
-# Slots, and exits, that a batch takes its units from, and the most units that one gives it at a time. A very large batch
-# takes more from fewer: each update leaves a version of its row, which while an old snapshot is held nobody may remove.
+# Slots, and exits, that a batch takes its units from, and the most units that one gives it at a time. A very large
+# batch takes more from fewer: each update leaves a version of its row, which while an old snapshot is held nobody may
+# remove.
 _SPREAD = 64
 _LARGE_UNITS, _LARGE_SPREAD = 256, 32
 _LONGEST_TURN = 32
