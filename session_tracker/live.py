@@ -100,17 +100,30 @@ class Live:
         session.counted_page = session.current_page
         session.counted_products = session.products_found
         session.counted_errors = session.errors_count
-        if session.slot_id:
-            session.slot = self.slots.get(session.slot_id)
-            if session.slot is None:
-                session.slot = self.slots[session.slot_id] = Figures()
-            session.slot.join(session)
+        self.enter_slot(session)
         self.figures.join(session)
         if session.rebuilding:
             self.awaited += 1
         if session.rarities.command is not None:
             self.commanded.add(session.session_id)
         self.mark(session)
+
+    def enter_slot(self, session: Session) -> None:
+        """Counts a session, as it is counted already, in the roll-ups of its slot, if it has one."""
+        if session.slot_id:
+            session.slot = self.slots.get(session.slot_id)
+            if session.slot is None:
+                session.slot = self.slots[session.slot_id] = Figures()
+            session.slot.join(session)
+
+    def leave_slot(self, session: Session) -> None:
+        """Undoes `enter_slot`."""
+        slot = session.slot
+        if slot is not None:
+            slot.leave(session)
+            if not slot.live:
+                del self.slots[session.slot_id]
+            session.slot = None
 
     def after(self, session_id: str) -> Iterator[Session]:
         """Yields the sessions whose ids come after `session_id`, by id. For use without waiting in between.
@@ -195,12 +208,7 @@ class Live:
     def _leave_figures(self, session: Session) -> None:
         self.count(session)
         self.figures.leave(session)
-        slot = session.slot
-        if slot is not None:
-            slot.leave(session)
-            if not slot.live:
-                del self.slots[session.slot_id]
-            session.slot = None
+        self.leave_slot(session)
         if session.rebuilding:
             session.rebuilding = False
             self.awaited -= 1
@@ -256,7 +264,9 @@ class Live:
             if dirty is not None:
                 dirty.add(session.session_id)
             if session.owner:
+                # What it shows besides counters may not be what its owner until now has said last.
                 session.owner = ""
+                session.described = offset
             if session.save is not None:
                 self._unsaved(session, session.reported)
             if session.sequence < len(_COMMON):

@@ -88,9 +88,12 @@ class Organization:
                 rarities.lease_refused = False
                 rarities.command = None
                 self.live.commanded.discard(session.session_id)
+            # Who has the lease renews it, and tells the other replicas of it.
+            session.owner = ""
             self.live.mark(session)
         if registration.checkpoint is not None and session.save is None:
             session.save = SavePoint(registration.checkpoint, now)
+            session.owner = ""
             self.live.mark(session)
         if registration.progress is not None:
             self.report([registration.progress])
@@ -297,6 +300,10 @@ class Organization:
         self.settle()
         return self._mirrors.counters(session)
 
+    def name_replica(self, replica: str) -> None:
+        """Says which of the replicas this process is."""
+        self._mirrors.replica = replica
+
     def apply_remote(self, record: Record, owner: str) -> bool:
         """Takes another replica's session; returns whether it was news. See `Mirrors.apply`."""
         known = self.sessions.get(record.session_id)
@@ -317,6 +324,11 @@ class Organization:
         if counters.state >= COMPLETED:
             return None
         return self._mirrors.apply_counters(session_id, owner, counters)
+
+    def apply_command(self, record: Record) -> None:
+        """Takes what a session was told elsewhere. See `Mirrors.apply_command`."""
+        self.settle()
+        self._mirrors.apply_command(record)
 
     def restore(self, record: Record) -> bool:
         """Takes a session from a checkpoint, as lost until it is reported; returns whether it was unknown here."""

@@ -38,6 +38,10 @@ _BEATS_PER_SWEEP = 10
 _SLICE_SESSIONS = 1000
 
 
+class _Left(Exception):
+    """This replica said that it is going."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Joined:
     """One organization's two directions."""
@@ -47,7 +51,7 @@ class _Joined:
 
 
 class Connection:
-    """Keeps the organizations here and in the store the same until the store fails.
+    """Keeps the organizations here and in the store the same until the store fails, or this replica leaves.
 
     Args:
         replica: This replica's id.
@@ -90,9 +94,12 @@ class Connection:
         self._whole = False
         self._joined: dict[UUID, _Joined] = {}
         self._group: asyncio.TaskGroup | None = None
+        self._leaving = asyncio.Event()
+        # Held while this replica says that it lives, or that it is going.
+        self._speaking = asyncio.Lock()
 
     async def serve(self) -> None:
-        """Serves until the store fails.
+        """Serves until the store fails, or until all is done that `leave` asks for.
 
         Raises:
             StoreUnavailable: it failed.
@@ -102,10 +109,14 @@ class Connection:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self._listen())
                 self._group.create_task(self._live())
+                self._group.create_task(self._leave())
         except BaseExceptionGroup as failures:
-            expected, other = failures.split(StoreUnavailable)
-            if other is not None or expected is None:
+            left, others = failures.split(_Left)
+            expected, faults = others.split(StoreUnavailable) if others is not None else (None, None)
+            if faults is not None:
                 raise
+            if left is not None or expected is None:
+                return
             first: BaseException = expected
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
@@ -120,13 +131,22 @@ class Connection:
         if self._group is not None:
             self._group.create_task(self._join(organization))
 
-    async def leave(self) -> None:
-        """Writes what is left, and says that this replica is going."""
+    def leave(self) -> None:
+        """Has what is left written, then has it said that this replica is going, and then has `serve` end."""
+        self._leaving.set()
+
+    async def _leave(self) -> None:
+        # A task of `serve` like the others: the store is not closed under it, nor does it use one that is closed.
+        await self._leaving.wait()
         for organization in self._organizations:
-            joined = self._joined.get(organization.organization_id)
-            await (joined.outgoing if joined else self._outgoing(organization)).flush()
+            joined = self._joined.get(organization.organization_id) or self._directions(organization)
+            if refused := await joined.outgoing.flush():
+                await joined.incoming.reconcile(refused)
+                await joined.outgoing.flush()
         await self._store.organizations([organization.organization_id for organization in self._organizations])
-        await self._store.leave()
+        async with self._speaking:
+            await self._store.leave()
+        raise _Left
 
     async def _listen(self) -> None:
         while True:
@@ -164,9 +184,12 @@ class Connection:
         beats = 0
         while True:
             await asyncio.sleep(self._config.beat_seconds)
-            # A name of its own each time, so that a store which lost its own never takes the same one again.
-            if await self._store.beat(life, self.epoch, secrets.token_hex(8)) != epoch:
-                raise StoreUnavailable("it lost what it held")
+            async with self._speaking:
+                if self._leaving.is_set():
+                    return
+                # A name of its own each time, so that a store which lost its own never takes the same one again.
+                if await self._store.beat(life, self.epoch, secrets.token_hex(8)) != epoch:
+                    raise StoreUnavailable("it lost what it held")
             await self._bury()
             if self.epoch and not self._whole and self._replicas.hold(epoch):
                 await self._become_whole()
@@ -189,12 +212,12 @@ class Connection:
         organization_id = organization.organization_id
         if organization_id in self._joined or self._group is None:
             return
-        outgoing = self._outgoing(organization)
-        incoming = Incoming(organization, self._store, outgoing, self._replica, self._replicas.meet)
-        self._joined[organization_id] = _Joined(outgoing, incoming)
+        joined = self._directions(organization)
+        outgoing, incoming = joined.outgoing, joined.incoming
         await self._store.organizations([organization_id])
         await incoming.load()
-        await outgoing.flush()
+        if refused := await outgoing.flush():
+            await incoming.reconcile(refused)
         # A group that ends takes no more tasks; if this one does, it is cancelled here.
         await asyncio.sleep(0)
         self._group.create_task(self._write(outgoing, incoming))
@@ -202,19 +225,22 @@ class Connection:
         if self._whole:
             organization.store_rebuilding = False
 
-    def _outgoing(self, organization: Organization) -> Outgoing:
-        return Outgoing(organization, self._store, self._packing, self._clock, self._config.flush_seconds)
+    def _directions(self, organization: Organization) -> _Joined:
+        outgoing = Outgoing(organization, self._store, self._packing, self._clock, self._config.flush_seconds)
+        incoming = Incoming(organization, self._store, outgoing, self._replica, self._replicas.meet)
+        joined = self._joined[organization.organization_id] = _Joined(outgoing, incoming)
+        return joined
 
     async def _write(self, outgoing: Outgoing, incoming: Incoming) -> None:
         while True:
             refused = await outgoing.next_flush()
             if refused:
                 # Others know better: what they know is taken, so that all agree again.
-                await incoming.ask(refused)
+                await incoming.reconcile(refused)
 
     async def _become_whole(self) -> None:
         for joined in list(self._joined.values()):
-            await joined.incoming.prune(self._replicas.lives)
+            await joined.incoming.prune(self._replicas.lives, self.epoch)
         self._whole = True
         self._on_whole()
 

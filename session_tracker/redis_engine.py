@@ -62,7 +62,10 @@ class RedisEngine:
         self._replicas = Replicas(clock, config.replica_life_seconds)
         self._connection: Connection | None = None
         self._settled = asyncio.Event()
+        self._closing = False
         self._task: asyncio.Task[None] | None = None
+        for organization in organizations:
+            organization.name_replica(self.replica)
         organizations.on_new.append(self._on_new)
 
     async def start(self) -> None:
@@ -79,13 +82,12 @@ class RedisEngine:
 
     async def close(self) -> None:
         """Writes what is left and hands the sessions over."""
-        if self._connection is not None:
-            try:
-                await self._connection.leave()
-            except StoreUnavailable as error:
-                _log.warning("the other replicas take over when they miss this one", reason=str(error))
+        self._closing = True
         if self._task is not None:
-            self._task.cancel()
+            if self._connection is not None:
+                self._connection.leave()
+            else:
+                self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
 
@@ -96,6 +98,7 @@ class RedisEngine:
             organization.store_rebuilding = not whole
 
     def _on_new(self, organization: Organization) -> None:
+        organization.name_replica(self.replica)
         organization.store_rebuilding = True
         if self._connection is not None:
             self._connection.add(organization)
@@ -107,11 +110,15 @@ class RedisEngine:
             try:
                 # In a task of its own: a group that failed leaves its task marked as cancelled, before Python 3.13.
                 await asyncio.create_task(self._connect(), name="redis connection")
+                return
             except StoreUnavailable as error:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     # The connection failed while it was being ended: its failure must not hide the end.
                     raise asyncio.CancelledError from None
+                if self._closing:
+                    _log.warning("the other replicas take over when they miss this one", reason=str(error))
+                    return
                 if self._connection is not None and self._connection.epoch:
                     pause = _FIRST_PAUSE_SECONDS
                 _log.warning("the store is away: this replica goes on with what it knows", reason=str(error))
@@ -124,7 +131,7 @@ class RedisEngine:
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 2)
 
     async def _connect(self) -> None:
-        """Serves on one connection until it fails.
+        """Serves on one connection until it fails, or until this replica has left.
 
         Raises:
             StoreUnavailable: it failed.

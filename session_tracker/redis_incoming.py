@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from session_tracker import redis_packing
+from session_tracker import records, redis_packing
 from session_tracker.metrics import STORE_STATES
 from session_tracker.organizations import Organization
 from session_tracker.records import Counters
@@ -72,9 +72,8 @@ class Incoming:
         session = self._organization.sessions.get(session_id)
         self._outgoing.know_command(session_id, number)
         if session is not None and not session.finished:
-            # Only the command is of interest: the state may be older than the one here, whatever its order.
-            counters = self._organization.counters(session)
-            self._organization.apply_remote(redis_packing.unpack_record(record, counters), session.owner)
+            # The counters are of no interest, nor is any other part of its state.
+            self._organization.apply_command(records.whole(record, self._organization.counters(session)))
 
     def drops(self, body: bytes) -> None:
         """Forgets what its owner forgot."""
@@ -84,9 +83,12 @@ class Incoming:
     def ends(self, body: bytes) -> None:
         """Forgets what was completed elsewhere before it was known there."""
         for session_id in redis_packing.ids(body):
-            session = self._organization.sessions.get(session_id)
-            if session is not None and not session.finished:
-                self._organization.drop(session_id)
+            self._end(session_id)
+
+    def _end(self, session_id: str) -> None:
+        session = self._organization.sessions.get(session_id)
+        if session is not None and not session.finished:
+            self._organization.drop(session_id)
 
     def _drop(self, session_id: str) -> None:
         session = self._organization.sessions.get(session_id)
@@ -113,6 +115,31 @@ class Incoming:
         """Takes some sessions from the store."""
         self._take(await self._store.read(self._organization.organization_id, session_ids))
 
+    async def reconcile(self, refused: Sequence[str]) -> None:
+        """Takes what stands in the store where it refused a state; what is still newer here is written whole.
+
+        Args:
+            refused: Ids of sessions whose states it did not take.
+        """
+        organization_id = self._organization.organization_id
+        stored = await self._store.read(organization_id, refused)
+        former = []
+        for session_id, packed, _ in stored:
+            owner, counters = redis_packing.unpack_counters(packed)
+            session = self._organization.sessions.get(session_id)
+            if owner == self._replica and session is not None and not session.owner and not session.finished:
+                order = counters.sequence, counters.revision
+                if counters.state < COMPLETED and order > (session.sequence, session.revision):
+                    # It was forgotten here and begun again before the store knew of the first.
+                    former.append(session_id)
+        if former:
+            await self._store.drop(organization_id, redis_packing.pack_ids(former))
+        self._take(stored)
+        for session_id in refused:
+            session = self._organization.sessions.get(session_id)
+            if session is not None and not session.owner:
+                self._outgoing.write_whole(session_id)
+
     async def load(self) -> None:
         """Takes all that the store has."""
         organization_id = self._organization.organization_id
@@ -126,26 +153,34 @@ class Incoming:
         self._organization.settle()
         for session_id, packed, record in stored:
             owner, counters = redis_packing.unpack_counters(packed)
+            if not record or (owner == self._replica and counters.state >= COMPLETED):
+                # A live one of that id was begun by somebody who does not know any more, or never heard, of its end.
+                self._end(session_id)
+                continue
             if owner == self._replica:
                 continue
             self._meet(owner)
             self._apply(session_id, owner, counters, record)
 
     def _apply(self, session_id: str, owner: str, counters: Counters, record: bytes) -> None:
-        whole = redis_packing.unpack_record(record, counters)
-        taken = self._organization.apply_remote(whole, owner)
-        if whole.command is not None:
-            self._outgoing.know_command(session_id, whole.command.number)
+        known = records.whole(record, counters)
+        taken = self._organization.apply_remote(known, owner)
+        if known.command is not None:
+            self._outgoing.know_command(session_id, known.command.number)
         if not taken and counters.state < COMPLETED and session_id not in self._organization.sessions:
             # It was completed here before it was known here: its owner does not know that it ended.
             self._ended.add(session_id)
             self._asked.set()
 
-    async def prune(self, lives: Callable[[str], bool]) -> None:
+    async def prune(self, lives: Callable[[str], bool], epoch: str) -> None:
         """Forgets mirrors that the store does not have: they ended, or were forgotten, while it could not be heard.
 
         Args:
             lives: Whether a replica does, and so has written all that it owns; those of another are inherited instead.
+            epoch: In which they have.
+
+        Raises:
+            StoreUnavailable: the store has lost what it held in that epoch; nothing was forgotten for it.
         """
         mirrors = [
             session.session_id
@@ -154,7 +189,11 @@ class Incoming:
         ]
         for begin in range(0, len(mirrors), _ASK_SESSIONS):
             some = mirrors[begin : begin + _ASK_SESSIONS]
-            found = {stored[0] for stored in await self._store.read(self._organization.organization_id, some)}
+            stored = await self._store.read(self._organization.organization_id, some)
+            found = {session_id for session_id, _, record in stored if record}
+            if len(found) < len(some):
+                # A store that lost all since would have none of them.
+                await self._store.confirm(epoch)
             for session_id in some:
                 if session_id not in found:
                     self._drop(session_id)

@@ -48,6 +48,8 @@ class Outgoing:
         self._pending = self._changes.subscribe()
         # Up to this offset all is written but counters, which are written with every change.
         self._described = -1
+        # Those of which counters alone are not enough.
+        self._whole: set[str] = set()
         self._told: dict[str, int] = {}
         # Nothing is known of what stands in the store: all that is ours is written once.
         self._pending.update(organization.sessions)
@@ -59,6 +61,11 @@ class Outgoing:
     def know_command(self, session_id: str, number: int) -> None:
         """Notes a command that the store has."""
         self._told[session_id] = max(number, self._told.get(session_id, 0))
+
+    def write_whole(self, session_id: str) -> None:
+        """Has all of a session written next time, as nothing stands of it that its counters alone could go with."""
+        self._whole.add(session_id)
+        self._pending.add(session_id)
 
     async def next_flush(self) -> list[str]:
         """Waits for a change and until it is time, and then does as `flush`."""
@@ -72,7 +79,9 @@ class Outgoing:
         return refused
 
     async def flush(self) -> list[str]:
-        """Writes what changed since the last flush; returns the ids of which the store has a state as new or newer.
+        """Writes what changed since the last flush; returns the ids of which the store took nothing.
+
+        What is not taken is older than what stands, or counters alone, where this replica has not described it before.
 
         Raises:
             StoreUnavailable: some of it may not be written.
@@ -108,6 +117,9 @@ class Outgoing:
     def _pack(self, ids: list[str], commands: list[bytes], gone: list[str]) -> bytes:
         """Returns the entries of those that are ours, and adds to `commands` and `gone`."""
         organization, packing, described = self._organization, self._packing, self._described
+        # Nobody takes over what is finished. A store that lost everything would not learn of an end whose owner died
+        # with it, so each replica writes at first all the ends that it knows; they are refused where they stand.
+        anew = described < 0
         organization.settle()
         sessions = organization.sessions
         ahead = packing.ahead()
@@ -116,9 +128,12 @@ class Outgoing:
             session = sessions.get(session_id)
             if session is None:
                 self._told.pop(session_id, None)
+                self._whole.discard(session_id)
                 gone.append(session_id)
-            elif not session.owner:
-                record = organization.export(session) if session.described > described else None
+            elif not session.owner or (anew and session.finished):
+                whole = session.described > described or session_id in self._whole
+                self._whole.discard(session_id)
+                record = organization.export(session) if whole else None
                 entries.append(packing.state(session, record, ahead))
             elif (command := session.rarities.command) and command.number > self._told.get(session_id, 0):
                 # Another replica's session: its state is not ours to write, the command given here is.

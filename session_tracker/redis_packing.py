@@ -1,9 +1,9 @@
 """How sessions stand in Redis, and how they travel between replicas. Numbers are big-endian.
 
-    order      final (1 byte), sequence (8), revision (4): what stands is only replaced by what is above it
-    counters   order, owner (8), state (1), page, total, products, errors (4 each), reported (8): 46 bytes
+    order      final (1 byte), sequence (8), revision (4), owner (8): what stands is only replaced by what is above it
+    counters   order, state (1), page, total, products, errors (4 each), reported (8): 46 bytes
     state      length of the id (2), id, counters, length of the record (4), record as described in `records`; empty: it
-               stands as it was
+               stands as the same owner wrote it before
     command    length of the id (2), id, number (8), length of the record (4), record
     ids        length (2) and id of each
 
@@ -30,7 +30,7 @@ class Packing:
     """Packs the sessions of one replica.
 
     Args:
-        replica: Its id, 8 characters: the owner of what it packs.
+        replica: Its id, 8 characters: the owner of what is not another's.
         clock: Of its sessions.
     """
 
@@ -50,7 +50,7 @@ class Packing:
             state >= COMPLETED,
             session.sequence,
             session.revision,
-            self._replica,
+            session.owner.encode() or self._replica,
             state,
             session.current_page,
             session.total_pages,

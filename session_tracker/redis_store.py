@@ -3,7 +3,7 @@
 Keys, with the configured prefix before each; those of an organization carry its id as hash tag, so that a script meets
 all of its keys on one node of a cluster:
 
-    {<organization>}:counters   hash: session → its order, owner and counters, packed
+    {<organization>}:counters   hash: session → its order and counters, packed
     {<organization>}:records    hash: session → all of it, as JSON
     {<organization>}:commands   hash: session → its newest command, by number
     {<organization>}:ends       sorted set: what ended sessions leave behind, by when it goes
@@ -18,7 +18,7 @@ all of its keys on one node of a cluster:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from importlib import resources
 from types import TracebackType
@@ -108,8 +108,7 @@ class RedisStore:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        with suppress(RedisError, OSError):
-            await self._redis.aclose()
+        await _closed(self._redis.aclose())
 
     async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         # A server that lost the script lost all else too: that is an error, after which all begins anew.
@@ -122,7 +121,10 @@ class RedisStore:
         return [self._key(organization_id, kind) for kind in kinds]
 
     async def write(self, organization_id: UUID, chunks: Sequence[bytes]) -> list[str]:
-        """Writes states that are newer than what stands, tells the other replicas, and returns the ids of the others.
+        """Writes states that are newer than what stands, tells the other replicas, and returns the ids it refused.
+
+        Refused are older states, and counters alone of what does not stand as the same owner's. What stands already is
+        neither written nor refused.
 
         Args:
             organization_id: Whose.
@@ -168,7 +170,10 @@ class RedisStore:
                 pass
 
     async def read(self, organization_id: UUID, ids: Sequence[str]) -> list[Stored]:
-        """Returns those of some sessions that stand, each with its counters and its record."""
+        """Returns those of some sessions that stand, each with its counters and its record.
+
+        The record is empty of one that has ended so long ago that only this is left of it.
+        """
         found: list[Stored] = []
         with _unavailable:
             for begin in range(0, len(ids), _SLICE_SESSIONS):
@@ -176,9 +181,9 @@ class RedisStore:
                 counters = await self._redis.hmget(self._key(organization_id, "counters"), some)
                 records = await self._redis.hmget(self._key(organization_id, "records"), some)
                 found += [
-                    (session_id, state, record)
+                    (session_id, state, record or b"")
                     for session_id, state, record in zip(some, counters, records, strict=True)
-                    if state is not None and record is not None
+                    if state is not None
                 ]
         return found
 
@@ -225,6 +230,13 @@ class RedisStore:
                 answers = await pipeline.execute()
         found: bytes = answers[2]
         return found.decode()
+
+    async def confirm(self, epoch: str) -> None:
+        """Does nothing but raise if the store has lost what it held in an epoch."""
+        with _unavailable:
+            found = await self._redis.get(f"{self._prefix}epoch")
+        if found != epoch.encode():
+            raise StoreUnavailable("it lost what it held")
 
     async def leave(self) -> None:
         """Says that this replica is going, so that its sessions are taken over at once."""
@@ -291,5 +303,16 @@ class Subscription:
 
     async def close(self) -> None:
         """Ends it."""
+        await _closed(self._pubsub.aclose())  # type: ignore[no-untyped-call]
+
+
+async def _closed(closing: Coroutine[Any, Any, None]) -> None:
+    """Closes to the end, also when this is cancelled meanwhile: half closed, a connection would never be closed."""
+    task = asyncio.ensure_future(closing)
+    try:
         with suppress(RedisError, OSError):
-            await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+            await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with suppress(RedisError, OSError):
+            await task
+        raise

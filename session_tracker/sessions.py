@@ -257,8 +257,6 @@ class Session:
         self.total_pages = registration.total_pages
         self.products_found = self.counted_products = 0
         self.errors_count = self.counted_errors = 0
-        # A number weighs half as much as a moment; in this century it is exact to the microsecond.
-        self._started_at = started_at.timestamp()
         self.sequence = 0
         self.reported = now
         self.noted = False
@@ -270,12 +268,8 @@ class Session:
         self.changed = self.described = 0
         self.revision = 0
         self.owner = ""
-        self.slot_id = intern(registration.slot_id)
         self.slot: Figures | None = None
-        self.client_id = intern(registration.client_id)
-        self.tags = _shared(registration.tags)
-        self.config_snapshot = intern(registration.config_snapshot)
-        self.traceparent = registration.traceparent
+        self.identify(registration, started_at)
         self.renewable = False
         self.lease = registration.lease
         self.rebuilding = False
@@ -295,6 +289,16 @@ class Session:
             self.products_found = progress.products_found
             self.errors_count = progress.errors_count
             self.take_rarities(progress)
+
+    def identify(self, registration: Registration, started_at: datetime) -> None:
+        """Takes what stays as it was registered, for as long as nobody else is believed to have registered it."""
+        # A number weighs half as much as a moment; in this century it is exact to the microsecond.
+        self._started_at = started_at.timestamp()
+        self.slot_id = intern(registration.slot_id)
+        self.client_id = intern(registration.client_id)
+        self.tags = _shared(registration.tags)
+        self.config_snapshot = intern(registration.config_snapshot)
+        self.traceparent = registration.traceparent
 
     @property
     def finished(self) -> bool:

@@ -1,15 +1,18 @@
 -- Writes the states that are newer than what stands, and publishes exactly those, in the order in which they stand.
 -- KEYS: counters, records, ends. ARGV: channel, head of the message, entries, life of the keys in milliseconds, seconds
 -- for which a final state stays readable, seconds for which it is remembered. Entries are laid out as in
--- redis_packing.py. Returns the ids whose stored state is newer,
--- or as new and another owner's.
+-- redis_packing.py. Returns the ids whose stored state is newer, and those of counters alone where no state of the same
+-- owner stands that they could go with.
 local function newer(state, stored)
-  local final, high, low, revision = struct.unpack('>BI4I4I4', state)
-  local final_stored, high_stored, low_stored, revision_stored = struct.unpack('>BI4I4I4', stored)
+  local final, high, low, revision, owner, owner_low = struct.unpack('>BI4I4I4I4I4', state)
+  local final_stored, high_stored, low_stored, revision_stored, owner_stored, owner_low_stored =
+    struct.unpack('>BI4I4I4I4I4', stored)
   if final ~= final_stored then return final > final_stored end
   if high ~= high_stored then return high > high_stored end
   if low ~= low_stored then return low > low_stored end
-  return revision > revision_stored
+  if revision ~= revision_stored then return revision > revision_stored end
+  if owner ~= owner_stored then return owner > owner_stored end
+  return owner_low > owner_low_stored
 end
 
 local entries = ARGV[3]
@@ -27,10 +30,13 @@ local written, described, taken, refused = {}, {}, {}, {}
 local now = tonumber(redis.call('TIME')[1])
 for index = 1, count do
   local id, state = ids[index], states[index]
-  if not stored[index] or newer(state, stored[index]) then
+  local alone = records[index] == ''
+  if alone and not (stored[index] and string.sub(state, 14, 21) == string.sub(stored[index], 14, 21)) then
+    refused[#refused + 1] = id
+  elseif not stored[index] or newer(state, stored[index]) then
     written[#written + 1] = id
     written[#written + 1] = state
-    if records[index] ~= '' then
+    if not alone then
       described[#described + 1] = id
       described[#described + 1] = records[index]
     end
@@ -39,7 +45,7 @@ for index = 1, count do
       redis.call('ZADD', KEYS[3], now + ARGV[5], 'r' .. id, now + ARGV[6], 'c' .. id)
     end
   elseif string.sub(state, 1, 21) ~= string.sub(stored[index], 1, 21) then
-    -- The same order by the same owner is what it wrote before.
+    -- The same order is what stands.
     refused[#refused + 1] = id
   end
 end

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from datetime import UTC, datetime
 
+import pytest
 from muster.session_tracker.v1 import session_pb2 as pb
 
 from session_tracker.clock import Clock
@@ -228,6 +231,39 @@ async def test_a_command_given_anywhere_reaches_the_worker(redis_server: RedisSe
             "all know that it was carried out",
         )
         assert stream.told == [(CommandKind.SPEED_LIMIT, command.number)]
+
+
+@pytest.mark.parametrize("given_to_the_owner", [True, False])
+async def test_two_commands_of_one_millisecond_end_as_one(redis_server: RedisServer, given_to_the_owner: bool) -> None:
+    second = time.time()
+    async with replicas(redis_server.url, 3, Clock(wall=lambda: datetime.fromtimestamp(second, UTC))) as three:
+        owner, other, third = three
+        owner.start("a")
+        stream = Stream()
+        owner.acme.report([pb.ProgressUpdate(session_id="a", sequence=1, current_page=1)], stream)
+        await until(lambda: other.session("a") and third.session("a"), "all know it")
+        places = (owner, other) if given_to_the_owner else (other, third)
+        numbers = set()
+        for replica, kind in zip(places, (CommandKind.PAUSE, CommandKind.STOP), strict=True):
+            session = replica.session("a")
+            assert session is not None
+            assert replica.acme.command(session, kind, ""), "both operators hear that it will be told"
+            assert session.rarities.command is not None
+            numbers.add(session.rarities.command.number)
+        assert len(numbers) == 1
+        await until(lambda: stream.told, "the worker is told")
+        await until(
+            lambda: all((seen := replica.session("a")) and seen.rarities.command is not None for replica in three),
+            "all know one of them",
+        )
+        if given_to_the_owner:
+            assert stream.told[0][0] == CommandKind.PAUSE, "the owner keeps its own"
+        owner.report("a", 2, 2, acknowledged_command=numbers.pop())
+        await until(
+            lambda: all((seen := replica.session("a")) and seen.rarities.command is None for replica in three),
+            "the acknowledgement ends both",
+        )
+        assert len(stream.told) == 1, "the worker hears of one"
 
 
 async def test_a_command_outlives_the_owner(redis_server: RedisServer) -> None:

@@ -11,9 +11,10 @@ import pytest
 from session_tracker.commands import CommandKind
 from session_tracker.errors import SessionAlreadyCompleted
 from session_tracker.organizations import TAKEN, UNKNOWN
+from session_tracker.redis_store import RedisStore
 from session_tracker.sessions import State
 from tests.support.redis import RedisServer
-from tests.support.replicas import ACME, Replica, replicas, until
+from tests.support.replicas import ACME, Replica, agree, replicas, until
 
 
 async def test_the_store_starts_again_empty_and_heals_from_the_replicas(redis_server: RedisServer) -> None:
@@ -131,7 +132,14 @@ async def test_whatever_happens_all_agree_in_the_end_and_nothing_goes_back(
             )[0]:
                 case "report":
                     sequences[name] += 1
-                    verdict = replica.report(name, sequences[name], chance.randrange(1000), stage=chance.choice("lmn"))
+                    told = session.command if (session := replica.session(name)) else None
+                    verdict = replica.report(
+                        name,
+                        sequences[name],
+                        chance.randrange(1000),
+                        stage=chance.choice("lmn"),
+                        acknowledged_command=told.number if told and chance.random() < 0.2 else 0,
+                    )
                     if verdict == UNKNOWN and name not in ended:
                         # As the client does: registered again with what it has.
                         with suppress(SessionAlreadyCompleted):
@@ -159,9 +167,7 @@ async def test_whatever_happens_all_agree_in_the_end_and_nothing_goes_back(
                 case _:
                     await asyncio.sleep(chance.choice((0, 0, 0.01, 0.03)))
         await until(
-            lambda: (
-                all(replica.engine.whole for replica in three) and three[0].view() == three[1].view() == three[2].view()
-            ),
+            lambda: all(replica.engine.whole for replica in three) and agree(*three),
             "all agree",
         )
         for name, (sequence, page) in taken.items():
@@ -171,8 +177,6 @@ async def test_whatever_happens_all_agree_in_the_end_and_nothing_goes_back(
                 assert (session.sequence, session.current_page) == (sequence, page)
             else:
                 assert session is None or session.finished
-        totals = [replica.acme.totals() for replica in three]
-        assert len({(total.live, total.pages, total.products, total.errors) for total in totals}) == 1
 
 
 async def test_what_a_replica_knew_that_died_with_the_store_is_kept_by_the_others(redis_server: RedisServer) -> None:
@@ -189,3 +193,51 @@ async def test_what_a_replica_knew_that_died_with_the_store_is_kept_by_the_other
         await until(lambda: here.view() == there.view() and here.view()["a"][-1] != dead.engine.replica, "one owns it")
         # Not dropped and made again in between, which watchers would see.
         assert there.session("a") is mirror
+
+
+async def test_an_end_outlives_its_owner_and_the_store(redis_server: RedisServer) -> None:
+    async with replicas(redis_server.url, 2) as (here, there):
+        here.start("a")
+        here.acme.complete("a", 7)
+        await until(lambda: (known := there.session("a")) and known.finished, "its end is known there")
+        redis_server.kill()
+        await here.vanish()
+        redis_server.start()
+        again = Replica(redis_server.url)
+        try:
+            await again.engine.start()
+            await until(lambda: there.engine.whole and again.engine.whole, "both are whole")
+            await until(lambda: (known := again.session("a")) and known.finished, "who comes new knows of the end")
+            with pytest.raises(SessionAlreadyCompleted):
+                again.start("a")
+        finally:
+            await again.engine.close()
+
+
+async def test_who_leaves_while_the_store_is_lost_does_not_use_it_when_it_is_closed(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A pool that is closed under a command opens a connection again, which nobody closes.
+    using: list[RedisStore] = []
+    used_when_closed: list[bool] = []
+    close = RedisStore.__aexit__
+
+    async def leave(store: RedisStore) -> None:
+        using.append(store)
+        try:
+            redis_server.kill()
+            await until(lambda: used_when_closed, "the store is closed")
+        finally:
+            using.remove(store)
+
+    async def closed(store: RedisStore, *error: object) -> None:
+        await close(store, *error)
+        used_when_closed.append(store in using)
+
+    monkeypatch.setattr(RedisStore, "leave", leave)
+    monkeypatch.setattr(RedisStore, "__aexit__", closed)
+    async with replicas(redis_server.url, 1) as (replica,):
+        replica.start("a")
+        await asyncio.wait_for(replica.engine.close(), 10)
+        assert used_when_closed == [False]
+    assert using == []

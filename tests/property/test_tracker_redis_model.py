@@ -88,7 +88,7 @@ class ReplicasMachine(RuleBasedStateMachine):
             )
 
         try:
-            self.loop.run_until_complete(until(agreed, "both replicas show what is so", 5))
+            self.loop.run_until_complete(until(agreed, "both replicas show what is so"))
         except AssertionError as error:
             views = [{n: shown(one) for n, one in replica.acme.sessions.items()} for replica in self.places]
             raise AssertionError(f"wanted {wanted}, have {views}") from error

@@ -144,7 +144,7 @@ def apply_counters(stage: Stage, sequence: int, state: int = 2) -> bool | None:
 
 def take_over(stage: Stage) -> str:
     """Takes over a mirror that is reported here already, which has not been counted."""
-    apply_counters(stage, 75)
+    stage.tracker.apply_remote(remote(stage, 75), "other")
     for step in (80, 90):
         stage.stream.report(step)
     assert stage.waiting == stage.waits
@@ -216,6 +216,10 @@ CASES: dict[str, Callable[[Stage], Any]] = {
     "a lost lease": lambda stage: stage.tracker.lose_lease(stage.session(1), "expired"),
     "a command": lambda stage: stage.tracker.command(stage.session(1), CommandKind.PAUSE, "wait"),
     "a drop": lambda stage: stage.tracker.drop(NAMES[2]),
+    "newer counters of a mirror": lambda stage: (
+        stage.tracker.apply_remote(remote(stage, 75), "other"),
+        apply_counters(stage, 90),
+    ),
     "newer counters from elsewhere": lambda stage: apply_counters(stage, 90),
     "counters from elsewhere that are behind": lambda stage: apply_counters(stage, 60),
     "another state from elsewhere": lambda stage: apply_counters(stage, 90, 3),

@@ -133,6 +133,52 @@ def test_a_command_given_anywhere_reaches_the_owners_stream() -> None:
     assert here.report([Report(sequence=5)]).commands == []
 
 
+def test_watchers_hear_of_an_acknowledgement_when_it_comes() -> None:
+    hands = Hands()
+    here, there = two(hands)
+    mine = here.start(Registration("s"))
+    here.report([Report(sequence=1)])
+    there.apply_remote(here.export(mine), "here")
+    mirror = there.get("s")
+    assert here.command(mine, CommandKind.PAUSE, "wait")
+    there.apply_remote(here.export(mine), "here")
+    assert mirror.command is not None
+    there.report([Report(sequence=2)])
+    here.report([Report(sequence=2, acknowledged_command=mirror.command.number)])
+    pending = there.changes.subscribe()
+    # Of two reports with the same sequence the record of the one is not news, but what was carried out is.
+    there.settle()
+    there.report([Report(sequence=3)])
+    there.changes.distribute()
+    pending.clear()
+    before, described = there.changes.offset, mirror.described
+    assert there.apply_remote(here.export(mine), "here")
+    assert there.get("s").command is None
+    assert there.report([Report(sequence=4)]).commands == []
+    there.changes.distribute()
+    assert pending == {"s"}
+    assert mirror.described > max(before, described), "and so do the other replicas"
+    assert not there.apply_remote(here.export(mine), "here"), "no news any more"
+
+
+def test_a_command_from_elsewhere_is_all_that_is_taken_with_it() -> None:
+    hands = Hands()
+    here, there = two(hands)
+    mine = here.start(Registration("s", stage="list", checkpoint=CheckpointPolicy(1, 0.0)))
+    here.report([Report(sequence=1, current_page=1)])
+    assert there.restore(here.export(mine))
+    assert here.command(mine, CommandKind.PAUSE, "wait")
+    here.report([Report(sequence=2, current_page=2, stage="detail")])
+    there.apply_command(here.export(mine))
+    session = there.get("s")
+    assert session.command == mine.command
+    assert (session.rebuilding, session.state, session.stage, session.sequence) == (True, State.LOST, "list", 1)
+    there.complete("s", 1)
+    assert here.command(mine, CommandKind.PAUSE, "wait again")
+    there.apply_remote(here.export(mine), "here")
+    assert not there.live.commanded, "nobody is told what comes after the end"
+
+
 def test_roll_ups_of_slots_and_of_the_fleet_equal_a_scan() -> None:
     hands = Hands()
     organizations = Organizations(organization(hands).live.config, hands.clock())
