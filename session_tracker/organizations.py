@@ -48,6 +48,7 @@ class Organization:
         self.intake = Intake(self.live)
         self.store_rebuilding = False
         self.suspects: list[str] = []
+        self._doubted_at = 0.0
         self._mirrors = Mirrors(self.live)
         self._config = config
         self._clock = clock
@@ -341,6 +342,19 @@ class Organization:
             session.owner = ""
             self.live.mark(session)
             self.suspects.append(session.session_id)
+
+    def doubt(self) -> None:
+        """Notes that a replica is gone, which may have taken results of this one's sessions and told nobody."""
+        self._doubted_at = self._clock.monotonic()
+
+    def suspect_doubted(self) -> None:
+        """Makes suspects of this replica's sessions that were not reported since a replica was found gone."""
+        if self._doubted_at:
+            self.settle()
+            for session in self.sessions.values():
+                if not session.finished and not session.owner and session.reported < self._doubted_at:
+                    self.suspects.append(session.session_id)
+            self._doubted_at = 0.0
 
 
 class Organizations:

@@ -250,6 +250,8 @@ class Connection:
             if await self._store.lives(replica):
                 # Its signs of life did not come through here, or not yet.
                 continue
+            for organization in self._organizations:
+                organization.doubt()
             if not self._owns(replica):
                 self._replicas.forget(replica)
             elif await self._store.inherit(replica, 2 * self._config.replica_life_seconds):

@@ -33,8 +33,8 @@ class RecordedResults(Protocol):
 class Silence:
     """Marks the stalled and the lost, drops those lost for long, and lets finished ones leave.
 
-    A replica may die between the commit of a result and telling the others: what becomes lost, or is taken over, is
-    looked for among the results.
+    A replica may die between the commit of a result and telling the others: what becomes lost, is taken over, or falls
+    silent when a replica has gone, is looked for among the results.
 
     Args:
         organizations: Whose sessions.
@@ -62,6 +62,7 @@ class Silence:
                     if organization.mark_silence(session):
                         FORGOTTEN.inc()
                 await asyncio.sleep(0)
+            organization.suspect_doubted()
             if organization.suspects:
                 await self._end_unheard(organization)
 

@@ -114,6 +114,21 @@ async def test_exactly_one_replica_takes_over_from_one_that_died(redis_server: R
         assert third.report("s7", 2, 2) == TAKEN
 
 
+async def test_when_a_replica_dies_the_others_doubt_their_own_sessions(redis_server: RedisServer) -> None:
+    """The dead one owned nothing, but may have taken the result of any session."""
+    async with replicas(redis_server.url, 2) as (here, there):
+        here.start("a")
+        here.report("a", 1, 1)
+        await until(lambda: there.session("a"), "it is known there")
+        await there.vanish()
+
+        def is_suspect() -> bool:
+            here.acme.suspect_doubted()
+            return here.acme.suspects == ["a"]
+
+        await until(is_suspect, "it is a suspect")
+
+
 async def test_a_replica_that_leaves_hands_over_at_once(redis_server: RedisServer) -> None:
     # A sign of life would be believed for 16 s.
     async with replicas(redis_server.url, 2, beat_seconds=0.2) as (here, there):

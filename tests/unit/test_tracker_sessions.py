@@ -122,6 +122,26 @@ async def test_a_session_whose_end_was_never_heard_of_ends_by_its_result_on_reco
     assert state(other) is State.LOST
 
 
+async def test_when_a_replica_is_gone_the_results_of_silent_sessions_are_looked_up_once() -> None:
+    hands = Hands()
+    organizations = Organizations(SessionsConfig(), hands.clock())
+    tracker = organizations.of(ORGANIZATION)
+    table = Table(hands.clock())
+    silence = Silence(organizations, table)
+    ended, going_on, silent = (tracker.start(Registration(name)) for name in ("ended", "going on", "silent"))
+    started = datetime(2026, 1, 1, tzinfo=UTC)
+    hands.seconds += 1
+    tracker.doubt()
+    hands.seconds += 1
+    tracker.report([Report("going on", sequence=1)])
+    await table.record([Result(ORGANIZATION, "ended", State.COMPLETED, "end", 7, 5, 2, started, "", "", "", "")])
+    await silence.look()
+    assert (state(ended), state(going_on), state(silent)) == (State.COMPLETED, State.RUNNING, State.QUEUED)
+    await table.record([Result(ORGANIZATION, "silent", State.STOPPED, "end", 1, 0, 0, started, "", "", "", "")])
+    await silence.look()
+    assert state(silent) is State.QUEUED
+
+
 async def test_a_silent_session_is_lost_comes_back_by_a_report_and_is_forgotten_in_the_end() -> None:
     hands = Hands()
     organizations = Organizations(SessionsConfig(forget_lost_after_seconds=600), hands.clock())
