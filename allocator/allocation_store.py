@@ -83,9 +83,9 @@ class AllocationStore(Store):
                 size,
             )
         found: dict[int, tuple[list[AvailableSlot], Place]] = {}
-        for class_id, slot_id, open_at, quota, taken, units, weight in rows:
+        for class_id, slot_id, open_at, quota, taken, units, place, weight in rows:
             slots, _ = found.get(class_id) or ([], (open_at, slot_id))
-            slots.append(AvailableSlot(slot_id, quota * weight, taken, units))
+            slots.append(AvailableSlot(slot_id, quota * weight, taken, units, place))
             found[class_id] = slots, (open_at, slot_id)
         return found
 

@@ -178,4 +178,4 @@ class Dealer:
         slot.room -= 1
         window.served = self.proposals
         self.proposed_slots[slot.slot_id] += 1
-        return Pick(slot.slot_id, slots, exit_)
+        return Pick(slot.slot_id, slots, exit_, slot.place)

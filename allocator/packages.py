@@ -45,11 +45,15 @@ class Demand:
 # Never changed, as a package is not, but not frozen: that would triple the time to make one.
 @dataclass(slots=True)
 class Pick:
-    """A unit that is proposed: one of this slot, through this pooled exit; None when the slot uses none."""
+    """A unit that is proposed: one of this slot, through this pooled exit; None when the slot uses none.
+
+    `place` is where the slot's row of the day was seen, if it is known.
+    """
 
     slot_id: UUID
     slot_class: SlotClass
     exit: AvailableExit | None
+    place: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)

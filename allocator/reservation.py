@@ -152,6 +152,7 @@ async def reserve(
         ids,
         [classes[slot_id].slot_class.class_id for slot_id in ids],
         [asked[slot_id] for slot_id in ids],
+        [classes[slot_id].place for slot_id in ids],
     )
     tasks = {
         row["slot_id"]: _task(

@@ -57,12 +57,17 @@ class SlotClass:
 
 @dataclass(slots=True, eq=False)
 class AvailableSlot:
-    """A slot with room; `taken` grows and `room` falls as the index proposes it. `share` is quota times weight."""
+    """A slot with room; `taken` grows and `room` falls as the index proposes it.
+
+    `share` is quota times weight; `place` is where its row of the day was seen, block and offset: a hint that spares
+    the index.
+    """
 
     slot_id: UUID
     share: float
     taken: int
     room: int
+    place: tuple[int, int] | None = None
 
     def rank(self) -> float:
         """The one that got the least of its share first."""

@@ -23,21 +23,23 @@ SELECT set_config('enable_bitmapscan', 'off', true), set_config('enable_sort', '
 -- Of each class up to so many slots with units for now, from a place on and round again. $1 organization, $2 work date,
 -- $3 classes, $4 and $5 the places (open_at, slot), $6 how many of each. Index: daily_work_tracking_open, primary key of
 -- work_slots.
-SELECT c.class_id, w.slot_id, w.open_at, w.quota, w.taken, w.units,
+SELECT c.class_id, w.slot_id, w.open_at, w.quota, w.taken, w.units, w.place,
   (SELECT s.weight FROM work_slots s WHERE s.slot_id = w.slot_id) AS weight
 FROM unnest($3::integer[], $4::float8[], $5::uuid[]) AS c (class_id, at, slot)
 CROSS JOIN LATERAL (
   SELECT o.slot_id, o.open_at, o.quota, o.allocated - o.expired - o.released AS taken,
     open_units(o.quota, o.allocated - o.expired - o.released, o.paced_from, o.paced_seconds,
-      extract(epoch FROM statement_timestamp())::float8) AS units
+      extract(epoch FROM statement_timestamp())::float8) AS units, o.place
   FROM (
-    (SELECT t.slot_id, t.open_at, t.quota, t.allocated, t.expired, t.released, t.paced_from, t.paced_seconds
+    (SELECT t.slot_id, t.open_at, t.quota, t.allocated, t.expired, t.released, t.paced_from, t.paced_seconds,
+      t.ctid AS place
     FROM daily_work_tracking t
     WHERE t.organization_id = $1 AND t.work_date = $2 AND t.class_id = c.class_id
       AND t.open_at <= extract(epoch FROM statement_timestamp())::float8 AND (t.open_at, t.slot_id) > (c.at, c.slot)
     ORDER BY t.open_at, t.slot_id LIMIT $6)
     UNION ALL
-    (SELECT t.slot_id, t.open_at, t.quota, t.allocated, t.expired, t.released, t.paced_from, t.paced_seconds
+    (SELECT t.slot_id, t.open_at, t.quota, t.allocated, t.expired, t.released, t.paced_from, t.paced_seconds,
+      t.ctid AS place
     FROM daily_work_tracking t
     WHERE t.organization_id = $1 AND t.work_date = $2 AND t.class_id = c.class_id
       AND t.open_at <= extract(epoch FROM statement_timestamp())::float8 AND (t.open_at, t.slot_id) <= (c.at, c.slot)
@@ -129,26 +131,57 @@ WHERE t.organization_id = $1 AND t.target = u.target
 
 -- name: reserve_slots
 -- Takes up to the asked units of each slot, as many as are open now, under row locks in key order; a slot that is in
--- another class by now is passed over, and a work date that has passed gives nothing. $1 organization, $2 work date,
--- $3 slots, $4 their classes, $5 units. Index: primary key of daily_work_tracking and of work_slots.
+-- another class by now is passed over, and a work date that has passed gives nothing. A row is looked for where it was
+-- last seen, so that versions which nobody may remove yet are not walked through, and else by the index. $1 organization,
+-- $2 work date, $3 slots, $4 their classes, $5 units, $6 places, each NULL when not known. Index: primary key of
+-- daily_work_tracking and of work_slots.
 -- What a constraint looks at is set from the locked row: PostgreSQL checks constraints on the version that the statement
 -- began with, before it finds that the row has moved on.
 WITH granted AS MATERIALIZED (
-  SELECT t.slot_id, t.quota, t.allocated, t.expired, t.released, least(u.units, open_units(t.quota, t.allocated - t.expired - t.released, t.paced_from,
-    t.paced_seconds, extract(epoch FROM clock_timestamp())::float8)) AS units, s.keyword, s.code, s.settings
-  FROM unnest($3::uuid[], $4::integer[], $5::integer[]) AS u (slot_id, class_id, units)
-  JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = u.slot_id
-    AND t.class_id = u.class_id AND t.active
-  JOIN work_slots s ON s.slot_id = t.slot_id
+  SELECT u.slot_id, l.place, l.is_there, l.quota, l.allocated, l.expired, l.released, least(u.units, open_units(l.quota,
+    l.allocated - l.expired - l.released, l.paced_from, l.paced_seconds,
+    extract(epoch FROM clock_timestamp())::float8)) AS units, s.keyword, s.code, s.settings
+  FROM (
+    SELECT a.slot_id, a.class_id, a.units, a.place
+    FROM unnest($3::uuid[], $4::integer[], $5::integer[], $6::tid[]) AS a (slot_id, class_id, units, place)
+    ORDER BY a.slot_id
+  ) u
+  CROSS JOIN LATERAL (
+    SELECT * FROM (
+      SELECT t.ctid AS place, true AS is_there, t.quota, t.allocated, t.expired, t.released, t.paced_from,
+        t.paced_seconds, t.class_id, t.active
+      FROM daily_work_tracking t
+      WHERE t.ctid = u.place AND t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = u.slot_id
+      FOR UPDATE) there
+    UNION ALL
+    SELECT * FROM (
+      SELECT t.ctid, false, t.quota, t.allocated, t.expired, t.released, t.paced_from, t.paced_seconds, t.class_id,
+        t.active
+      FROM daily_work_tracking t
+      WHERE t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = u.slot_id
+      FOR UPDATE) elsewhere
+    LIMIT 1
+  ) l
+  JOIN work_slots s ON s.slot_id = u.slot_id
   WHERE (SELECT (now() AT TIME ZONE o.time_zone)::date FROM organizations o WHERE o.organization_id = $1) = $2
-  ORDER BY t.slot_id
-  FOR UPDATE OF t
+    AND l.class_id = u.class_id AND l.active
+), there AS (
+  UPDATE daily_work_tracking t
+  SET quota = g.quota, allocated = g.allocated + g.units, expired = g.expired, released = g.released
+  FROM granted g
+  -- As an array the places are gone to; as a join alone all rows of the day would be read.
+  WHERE t.ctid = ANY (ARRAY(SELECT p.place FROM granted p WHERE p.is_there)) AND t.work_date = $2
+    AND g.is_there AND t.ctid = g.place AND g.units > 0
+  RETURNING g.slot_id, g.units, g.keyword, g.code, g.settings
+), elsewhere AS (
+  UPDATE daily_work_tracking t
+  SET quota = g.quota, allocated = g.allocated + g.units, expired = g.expired, released = g.released
+  FROM granted g
+  WHERE NOT g.is_there AND t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = g.slot_id AND g.units > 0
+    AND EXISTS (SELECT FROM granted m WHERE NOT m.is_there)
+  RETURNING g.slot_id, g.units, g.keyword, g.code, g.settings
 )
-UPDATE daily_work_tracking t
-SET quota = g.quota, allocated = g.allocated + g.units, expired = g.expired, released = g.released
-FROM granted g
-WHERE t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = g.slot_id AND g.units > 0
-RETURNING g.slot_id, g.units, g.keyword, g.code, g.settings;
+SELECT * FROM there UNION ALL SELECT * FROM elsewhere;
 
 -- name: return_slots
 -- Takes back units reserved in this transaction, which nobody has seen. $1 organization, $2 work date, $3 slots,

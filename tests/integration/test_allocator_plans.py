@@ -118,11 +118,19 @@ async def test_hot_statements_read_what_they_need_at_a_million_rows(allocator: A
         assert looked <= 1100
         assert _read(nodes, "work_slots")[0] == {"work_slots_pkey"}
 
-    nodes = await _plan(door, allocation["reserve_slots"], organization_id, day, slots, [class_id] * 64, [1] * 64)
+    found = await door.fetch("SELECT slot_id, ctid FROM daily_work_tracking WHERE slot_id = ANY ($1)", slots)
+    known = {row["slot_id"]: row["ctid"] for row in found}
+    reserve = (organization_id, day, slots, [class_id] * 64, [1] * 64)
+    before = "SET LOCAL enable_seqscan = off"
+    nodes = await _plan(door, allocation["reserve_slots"], *reserve, [None] * 64, before=before)
     ways, looked = _read(nodes, "daily_work_tracking")
-    assert all(way.endswith("_pkey") for way in ways), ways
+    assert all(way.endswith("_pkey") or way == "Tid Scan" for way in ways), ways
     assert looked <= 2 * 64
     assert _read(nodes, "work_slots") == ({"work_slots_pkey"}, 64)
+    nodes = await _plan(door, allocation["reserve_slots"], *reserve, [known[slot] for slot in slots], before=before)
+    ways, looked = _read(nodes, "daily_work_tracking")
+    assert ways == {"Tid Scan"}
+    assert looked <= 2 * 64
     nodes = await _plan(door, allocation["next_slots"], organization_id, slots[0], 5000)
     ways, looked = _read(nodes, "work_slots")
     # With one organization either gives the order.
@@ -170,6 +178,29 @@ async def test_an_exit_is_found_where_it_was_last_seen_and_else_by_its_key(alloc
     counts = await door.fetch("SELECT exit_id, use_count FROM exits WHERE exit_id = ANY ($1)", asked)
     assert {row["exit_id"]: row["use_count"] for row in counts} == {ids[0]: 3, ids[1]: 4, ids[2]: 100}
     assert len(exits) == 200
+
+
+async def test_a_day_is_found_where_it_was_last_seen_and_else_by_its_key(allocator: Allocator) -> None:
+    door = allocator.door
+    assert door is not None
+    organization_id = await allocator.service.organization_id()
+    for _ in range(3):
+        await allocator.slot(daily_quota=10)
+    await allocator.take(1)
+    statement = queries("allocator", "allocation.sql")["reserve_slots"]
+    rows = await door.fetch("SELECT slot_id, work_date, class_id, ctid FROM daily_work_tracking ORDER BY slot_id")
+    ids, places = [row["slot_id"] for row in rows], [row["ctid"] for row in rows]
+    await door.execute("UPDATE daily_work_tracking SET allocated = 0")
+    asked = (organization_id, rows[0]["work_date"], ids, [row["class_id"] for row in rows])
+    # All have moved; of one nothing is known, and one place is another slot's by now.
+    (there,) = await door.fetch("SELECT ctid FROM daily_work_tracking WHERE slot_id = $1", ids[0])
+    reserved = await door.fetch(statement, *asked, [2, 3, 4], [places[0], None, there["ctid"]])
+    assert {row["slot_id"]: row["units"] for row in reserved} == {ids[0]: 2, ids[1]: 3, ids[2]: 4}
+    found = await door.fetch("SELECT ctid FROM daily_work_tracking ORDER BY slot_id")
+    reserved = await door.fetch(statement, *asked, [1, 1, 99], [row["ctid"] for row in found])
+    assert {row["slot_id"]: row["units"] for row in reserved} == {ids[0]: 1, ids[1]: 1, ids[2]: 6}
+    counts = await door.fetch("SELECT allocated FROM daily_work_tracking ORDER BY slot_id")
+    assert [row["allocated"] for row in counts] == [3, 4, 10]
 
 
 async def test_counters_and_renewals_stay_within_their_page(allocator: Allocator) -> None:
