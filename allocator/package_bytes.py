@@ -14,6 +14,7 @@ from muster.allocator.v1 import work_pb2
 
 from allocator.packages import TASKS, AssignedExit, Package, Task, Terms
 from allocator.translation import day_text, moment, settings_message
+from services.varints import varint
 
 _KEY = b"\x0a\x24"
 _TOKEN = b"\x12\x10"
@@ -44,18 +45,8 @@ def packages_bytes(packages: Sequence[Package], lease_seconds: float) -> bytes:
                 package.own_traceparent().encode(),
             )
         )
-        parts += (_ALLOCATIONS, length(len(unit)), unit)
+        parts += (_ALLOCATIONS, varint(len(unit)), unit)
     return b"".join(parts)
-
-
-def length(value: int) -> bytes:
-    """Returns a number as protobuf writes lengths: 7 bits a byte, the least first."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 @lru_cache(maxsize=256)

@@ -10,11 +10,11 @@ from muster.allocator.v1 import work_pb2
 from allocator.clients import ClientIdentity
 from allocator.exit_health import Signal
 from allocator.leases import LeaseName, Status
-from allocator.package_bytes import length
 from allocator.results import Answer, Product, Submission
 from allocator.translation import item_error, lease_name, moment, settings
 from services.errors import DomainError
 from services.validate import Checks
+from services.varints import varint
 
 MOST_RESULTS = 256
 _MOST_PRODUCTS = 1000
@@ -69,7 +69,7 @@ def _around_key(answer: Answer) -> tuple[bytes, bytes]:
             recorded_at=moment(answer.recorded_at),
         )
     after = message.SerializeToString()
-    return _RESULTS + length(len(_KEY) + 36 + len(after)) + _KEY, after
+    return _RESULTS + varint(len(_KEY) + 36 + len(after)) + _KEY, after
 
 
 def _submission(checks: Checks, number: int, result: work_pb2.WorkResult, client: ClientIdentity) -> Submission:

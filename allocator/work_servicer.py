@@ -15,7 +15,7 @@ from allocator.allocation import Allocation
 from allocator.blockers import NoWork
 from allocator.clients import ClientIdentity, Clients
 from allocator.leases import LeaseName, Leases
-from allocator.package_bytes import length, packages_bytes
+from allocator.package_bytes import packages_bytes
 from allocator.packages import Demand
 from allocator.results import Results
 from allocator.submissions import answers_bytes, submissions
@@ -29,6 +29,7 @@ from allocator.translation import (
 from services.errors import DomainError, InvalidField
 from services.status import Context
 from services.validate import Checks
+from services.varints import varint
 
 _MOST_ITEMS = 256
 _MOST_LEASES = 1000
@@ -216,7 +217,7 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
 
 def _stream_answer(sequence: int, tag: bytes, answer: bytes) -> bytes:
     """Returns a WorkStreamResponse with an answer that is encoded already."""
-    return b"".join((_SEQUENCE, length(sequence), tag, length(len(answer)), answer))
+    return b"".join((_SEQUENCE, varint(sequence), tag, varint(len(answer)), answer))
 
 
 def _check_sequence(request: work_pb2.WorkStreamRequest, unanswered: set[int]) -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from muster.session_tracker.v1 import session_pb2
 
+from services.varints import delimited
+
 # Fields of the request and of its packed updates, with how they are written: a number, or so many bytes.
 _BATCH, _PACKED = 1 << 3, 4 << 3 | 2
 _LENGTH_DELIMITED = 2
@@ -125,15 +127,6 @@ def read(sequence: bytes, current_page: bytes, products_found: bytes, errors_cou
     """Returns the numbers of these arrays."""
     data = bytearray()
     for field, array in ((2, sequence), (3, current_page), (5, products_found), (6, errors_count)):
-        data += _written(field << 3 | _LENGTH_DELIMITED) + _written(len(array)) + array
+        data += delimited(field, array)
     packed = session_pb2.PackedUpdates.FromString(bytes(data))
     return packed.sequence[:], packed.current_page[:], packed.products_found[:], packed.errors_count[:]
-
-
-def _written(number: int) -> bytes:
-    data = bytearray()
-    while number >= 0x80:
-        data.append(number & 0x7F | 0x80)
-        number >>= 7
-    data.append(number)
-    return bytes(data)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from muster.allocator.v1 import work_pb2
 
+from services.varints import delimited, varint
+
 # Of a unit: the tags, lengths and values of its key and token, which stand first. They are a whole Lease.
 _KEY = b"\x0a\x24"
 _LEASE_BYTES = 2 + 36 + 2 + 16
@@ -36,8 +38,8 @@ class Wire:
         done = work_pb2.WorkResult(outcome=work_pb2.WORK_OUTCOME_SUCCEEDED)
         done.execution_time.seconds = 2
         rest = done.SerializeToString()
-        self._before_lease = _field(2, bytes(2 + _LEASE_BYTES) + rest)[: -_LEASE_BYTES - len(rest) - 2]
-        self._before_lease += _field(1, bytes(_LEASE_BYTES))[:2]
+        self._before_lease = delimited(2, bytes(2 + _LEASE_BYTES) + rest)[: -_LEASE_BYTES - len(rest) - 2]
+        self._before_lease += delimited(1, bytes(_LEASE_BYTES))[:2]
         self._after_lease = rest
         # Ids of requests: a UUID of which the last part is a number.
         self._ids = str(uuid.uuid4())[:24]
@@ -88,19 +90,7 @@ class Wire:
 
 
 def _request(sequence: int, field: int, message: bytes) -> bytes:
-    return b"\x08" + _varint(sequence) + _field(field, message)
-
-
-def _field(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    data = bytearray()
-    while value > 0x7F:
-        data.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes((*data, value))
+    return b"\x08" + varint(sequence) + delimited(field, message)
 
 
 def _varint_at(data: bytes, at: int) -> tuple[int, int]:

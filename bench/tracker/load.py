@@ -28,6 +28,8 @@ import uvloop
 from muster.session_tracker.v1 import session_pb2 as pb
 from muster.session_tracker.v1 import session_pb2_grpc
 
+from services.varints import delimited, varint
+
 BATCH = 100
 _BATCHES_PER_SECOND = 100
 _SERVICE = "/muster.session_tracker.v1.SessionService"
@@ -85,26 +87,14 @@ def name(number: int) -> str:
     return f"00000000-0000-7000-8000-{number:012x}"
 
 
-def _varint(value: int) -> bytes:
-    data = bytearray()
-    while value > 0x7F:
-        data.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes((*data, value))
-
-
-def _field(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
 class Batches:
     """The batches of one stream, round after round of its sessions."""
 
     def __init__(self, first: int, sessions: int, base: int, size: int) -> None:
         self._size = size
         parts = [range(begin, min(sessions, begin + size)) for begin in range(0, sessions, size)]
-        self._handles = [_field(1, b"".join(map(_varint, part))) for part in parts]
-        self._names = [b"".join(_field(3, name(first + handle).encode()) for handle in part) for part in parts]
+        self._handles = [delimited(1, b"".join(map(varint, part))) for part in parts]
+        self._names = [b"".join(delimited(3, name(first + handle).encode()) for handle in part) for part in parts]
         self._last = len(parts[-1])
         self._numbers = itertools.count(1)
         self._base = _FIRST_SEQUENCE + base
@@ -120,15 +110,15 @@ class Batches:
         packed = b"".join(
             (
                 self._handles[place],
-                _field(2, _varint(self._base + turn) * size),
-                _field(3, _varint(_FIRST_PAGE + turn % _PAGES) * size),
-                _field(4, _varint(20_000) * size),
-                _field(5, _varint(products) * size),
-                _field(6, _varint(1) * size),
+                delimited(2, varint(self._base + turn) * size),
+                delimited(3, varint(_FIRST_PAGE + turn % _PAGES) * size),
+                delimited(4, varint(20_000) * size),
+                delimited(5, varint(products) * size),
+                delimited(6, varint(1) * size),
             )
         )
         names = b"" if turn else self._names[place]
-        return b"\x08" + _varint(next(self._numbers)) + names + _field(4, packed)
+        return b"\x08" + varint(next(self._numbers)) + names + delimited(4, packed)
 
 
 class Client:

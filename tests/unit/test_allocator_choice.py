@@ -14,10 +14,11 @@ from muster.allocator.v1 import work_pb2
 from allocator.dealing import Dealer, Wish
 from allocator.exit_pool import AvailableExit, ExitPool
 from allocator.organization_share import OrganizationShare
-from allocator.package_bytes import length, packages_bytes
+from allocator.package_bytes import packages_bytes
 from allocator.packages import AssignedExit, AssignedPersona, Demand, Package, Task, Terms
 from allocator.reservation import Names
 from allocator.slot_windows import AvailableSlot, ClassWindow, SlotClass, window_size
+from services.varints import varint
 
 
 def _window(
@@ -234,7 +235,7 @@ def test_a_package_in_bytes_is_the_message_field_by_field() -> None:
 
 
 def test_lengths_are_written_seven_bits_a_byte() -> None:
-    assert [length(value) for value in (0, 127, 128, 300, 2**21)] == [
+    assert [varint(value) for value in (0, 127, 128, 300, 2**21)] == [
         b"\x00",
         b"\x7f",
         b"\x80\x01",
