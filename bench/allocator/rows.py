@@ -22,7 +22,7 @@ from bench.allocator.fleet import Fleet
 from bench.allocator.load import Tally
 from bench.allocator.stock import Stock
 from bench.processes import Server
-from bench.table import Measure, spread
+from bench.table import Measure
 from services.launcher.postgres import EmbeddedPostgres
 
 _DRAIN_SLOTS, _DRAIN_QUOTA = 200, 50
@@ -293,8 +293,3 @@ def _drained(bench: Bench) -> tuple[int, float]:
     with psycopg.connect(small.dsn) as connection:
         row = connection.execute("SELECT count(*) FROM allocator.leases").fetchone()
     return (row[0] if row else 0), tally.last_grant - tally.first_no_work
-
-
-def summary(measure: Measure) -> str:
-    """Returns one line on a measure that is done."""
-    return f"  ratio {spread(measure.ratios, 2)}: {'reached' if measure.reached else 'missed'}"
