@@ -109,8 +109,11 @@ class Dealer:
         picks: list[Pick] = []
         while tops and len(picks) < units:
             hand: deque[tuple[int, AvailableSlot, int]] = deque()
-            most = 1 if few else min(HAND, units - len(picks))
-            while tops and len(hand) < most:
+            most = 1 if few else HAND
+            promised = len(picks)
+            # No more slots than can give their whole turns: one that is cut short comes up again before its window is
+            # read anew, while another batch may still hold its row.
+            while tops and len(hand) < most and promised < units:
                 rank, number = heapq.heappop(tops)
                 window = ready[number]
                 if number in closed or not len(window) or window.top() != rank:
@@ -120,6 +123,7 @@ class Dealer:
                     heapq.heappush(tops, (window.top(), number))
                 if left := min(window.turn_of(slot, 1 if few else turn), self._room_of(slot, window)):
                     hand.append((left, slot, number))
+                    promised += left
             while hand:
                 left, slot, number = hand.popleft()
                 window = ready[number]

@@ -19,12 +19,12 @@ SELECT (now() AT TIME ZONE time_zone)::date FROM organizations WHERE organizatio
 SELECT EXISTS (SELECT FROM work_slots WHERE organization_id = $1 AND slot_id = $2);
 
 -- name: track_slot
--- Makes the row of a slot's day if it may have one. $1 organization, $2 day, $3 slot. Index: primary keys.
+-- Makes the row of a slot's day if it may have one. $1 organization, $2 day, $3 slot. Index: primary keys; daily_work_tracking_slot.
 SELECT track_slots($1, $2, ARRAY[$3::uuid]);
 
 -- name: reopen_quota
 -- Lets a day hand out more: no row when it has no counters. $1 organization, $2 day, $3 slot, $4 units; 0 for as many as
--- failed or were blocked. Index: primary keys.
+-- failed or were blocked. Index: daily_work_tracking_slot, primary key of work_slots.
 WITH day AS MATERIALIZED (
   SELECT t.quota, greatest(t.quota, least(1000000, t.quota + CASE WHEN $4 > 0 THEN $4 ELSE t.failed + t.blocked END))
     AS reopened_to

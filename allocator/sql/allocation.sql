@@ -90,7 +90,7 @@ SELECT slot_id FROM work_slots WHERE organization_id = $1 AND is_active AND slot
 
 -- name: track_slots
 -- Makes the rows of slots for a day that is locked, and notes how far it is. $1 organization, $2 work date, $3 slots,
--- $4 the last slot looked at, $5 whether there are no more. Index: primary keys.
+-- $4 the last slot looked at, $5 whether there are no more. Index: primary keys; daily_work_tracking_slot.
 WITH made AS (
   SELECT track_slots($1, $2, $3::uuid[])
 )
@@ -133,8 +133,8 @@ WHERE t.organization_id = $1 AND t.target = u.target
 -- Takes up to the asked units of each slot, as many as are open now, under row locks in key order; a slot that is in
 -- another class by now is passed over, and a work date that has passed gives nothing. A row is looked for where it was
 -- last seen, so that versions which nobody may remove yet are not walked through, and else by the index. $1 organization,
--- $2 work date, $3 slots, $4 their classes, $5 units, $6 places, each NULL when not known. Index: primary key of
--- daily_work_tracking and of work_slots.
+-- $2 work date, $3 slots, $4 their classes, $5 units, $6 places, each NULL when not known. Index:
+-- daily_work_tracking_slot, primary key of work_slots.
 -- What a constraint looks at is set from the locked row: PostgreSQL checks constraints on the version that the statement
 -- began with, before it finds that the row has moved on.
 WITH granted AS MATERIALIZED (
@@ -185,7 +185,7 @@ SELECT * FROM there UNION ALL SELECT * FROM elsewhere;
 
 -- name: return_slots
 -- Takes back units reserved in this transaction, which nobody has seen. $1 organization, $2 work date, $3 slots,
--- $4 units. Index: primary key.
+-- $4 units. Index: daily_work_tracking_slot.
 UPDATE daily_work_tracking t SET allocated = t.allocated - u.units
 FROM unnest($3::uuid[], $4::integer[]) AS u (slot_id, units)
 WHERE t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = u.slot_id;

@@ -7,9 +7,11 @@ SELECT o.organization_id, (now() AT TIME ZONE o.time_zone)::date - back AS work_
 FROM organizations o CROSS JOIN generate_series(0, 1) back;
 
 -- name: quota
--- Days of slots above their quota. $1 organization, $2 day. Index: primary key.
-SELECT count(*) FROM daily_work_tracking
-WHERE organization_id = $1 AND work_date = $2 AND allocated - expired - released > quota;
+-- Days of slots above their quota, or with more than one row. $1 organization, $2 day. Index: daily_work_tracking_slot.
+SELECT count(*) FROM (
+  SELECT FROM daily_work_tracking WHERE organization_id = $1 AND work_date = $2
+  GROUP BY slot_id HAVING count(*) > 1 OR bool_or(allocated - expired - released > quota)
+) d;
 
 -- name: exit_cap
 -- Exits above their cap, concurrent ones that count other than their live leases, and others that count less than those.
@@ -30,8 +32,8 @@ SELECT
     GROUP BY organization_id, persona_id HAVING count(*) > 1) p);
 
 -- name: counters
--- Days of slots whose counters are not the count of their allocations. $1 organization, $2 day. Index: primary keys; all
--- allocations of the day are read.
+-- Days of slots whose counters are not the count of their allocations. $1 organization, $2 day. Index: primary keys,
+-- daily_work_tracking_slot; all allocations of the day are read.
 SELECT count(*) FROM (
   SELECT slot_id, sum(units) AS allocated, sum(units) FILTER (WHERE status = 2) AS succeeded,
     sum(units) FILTER (WHERE status = 3) AS failed, sum(units) FILTER (WHERE status = 4) AS blocked,

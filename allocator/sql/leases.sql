@@ -80,7 +80,8 @@ ORDER BY allocation_key LIMIT $2
 FOR UPDATE SKIP LOCKED;
 
 -- name: lock_tracking
--- Locks days of slots in order and returns the room of each. $1 organization, $2 days, $3 slots. Index: primary key.
+-- Locks days of slots in order and returns the room of each. $1 organization, $2 days, $3 slots. Index:
+-- daily_work_tracking_slot.
 SELECT t.work_date, t.slot_id, t.quota - (t.allocated - t.expired - t.released) AS room
 FROM unnest($2::date[], $3::uuid[]) AS u (work_date, slot_id)
 JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = u.work_date AND t.slot_id = u.slot_id
@@ -89,7 +90,7 @@ FOR UPDATE OF t;
 
 -- name: count_ends
 -- Moves the counters of days, locked in order. $1 organization, $2 days, $3 slots, $4 succeeded, $5 failed, $6 blocked,
--- $7 expired (negative for results that came late), $8 released. Index: primary key.
+-- $7 expired (negative for results that came late), $8 released. Index: daily_work_tracking_slot.
 -- Every column that a constraint looks at is set from the locked row: PostgreSQL checks constraints on the version that
 -- the statement began with, before it finds that the row has moved on.
 WITH moved AS MATERIALIZED (
@@ -165,7 +166,7 @@ SELECT organization_id, allocation_key, 1 FROM gone WHERE persona_need IS NOT NU
 
 -- name: withdraw_units
 -- Takes back what was counted for leases that nobody was told of. $1 organization, $2 days, $3 slots, $4 units.
--- Index: primary key.
+-- Index: daily_work_tracking_slot.
 WITH withdrawn AS MATERIALIZED (
   SELECT t.work_date, t.slot_id, t.quota, t.allocated - u.units AS allocated, t.succeeded, t.failed, t.blocked,
     t.expired, t.released

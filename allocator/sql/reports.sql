@@ -4,7 +4,7 @@
 -- name: page_of_dashboard
 -- One day by completion, highest first; the rate is compared in whole millionths, so that pages meet exactly.
 -- $1 organization, $2 day or NULL for today, $3 after this rate or NULL, $4 and slot, $5 how many. Reads the rows of
--- the day. Index: primary keys.
+-- the day. Index: daily_work_tracking_slot, primary key of work_slots.
 SELECT slot_id, keyword, work_date, quota, allocated, succeeded, failed, blocked, expired, released,
   round(completion_rate * 1e6)::bigint AS rate
 FROM work_dashboard

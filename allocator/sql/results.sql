@@ -35,7 +35,8 @@ FOR UPDATE;
 -- $8 settings, $9 addresses of the exits, $10 retry-after in milliseconds, $11 errors, $12 whether the persona was used,
 -- $13 numbers of products, $14 exit signals. $15 clients, $16 addresses, $17 instances, $18 user folders. Returns when,
 -- how many, the keys of those that came late, whether a paused target waits for one of them, and the exits that served
--- well if any exit of the organization had a fault. Index: primary keys; exits_exit_id; targets_probe.
+-- well if any exit of the organization had a fault. Index: primary keys; daily_work_tracking_slot;
+-- exits_exit_id; targets_probe.
 WITH given AS MATERIALIZED (
   SELECT * FROM unnest($2::text::uuid[], $3::text::uuid[], $4::text::smallint[], $5::text::integer[],
     $6::text::smallint[], $7::text::text[], $8::text::text[], $9::text::text[], $10::text::integer[], $11::text::text[],

@@ -32,7 +32,8 @@ ON CONFLICT (organization_id, external_id) WHERE external_id IS NOT NULL DO NOTH
 RETURNING slot_id;
 
 -- name: slots_by_id
--- Slots with today's counters, once something was allocated. $1 organization, $2 ids. Index: primary keys.
+-- Slots with today's counters, once something was allocated. $1 organization, $2 ids. Index: primary key;
+-- daily_work_tracking_slot.
 SELECT s.slot_id, s.external_id, s.keyword, s.code, s.target, s.start_date, s.end_date, s.daily_quota, s.settings,
   s.is_active, s.priority, s.weight, s.without_exit, s.persona_need, s.pacing, s.exit_region, s.exit_provider,
   s.spec_sha256, s.version, s.created_at, s.updated_at, t.work_date, t.quota, t.allocated, t.succeeded, t.failed, t.blocked, t.expired, t.released
@@ -107,7 +108,8 @@ ORDER BY 2
 ON CONFLICT (organization_id, work_date) DO NOTHING;
 
 -- name: follow_slots
--- Makes the rows of days and slots, or makes them follow. $1 organization, $2 days, $3 slots. Index: primary keys.
+-- Makes the rows of days and slots, or makes them follow. $1 organization, $2 days, $3 slots. Index: primary keys;
+-- daily_work_tracking_slot.
 SELECT track_slots($1, day, $3::uuid[]) FROM unnest($2::date[]) AS day;
 
 -- name: insert_change

@@ -19,7 +19,7 @@ SELECT set_config('plan_cache_mode', 'force_custom_plan', true);
 -- name: groups_of_slots
 -- Every slot, by the first thing that holds it back; those that nothing does by what they need besides. Looks at all
 -- slots: for people. $1 organization, $2 slot or NULL, $3 target or NULL, $4 region or NULL. Index:
--- work_slots_organization, primary key of daily_work_tracking.
+-- work_slots_organization, daily_work_tracking_slot.
 WITH rooms AS MATERIALIZED (SELECT target, room FROM targets_now($1)),
 stops AS MATERIALIZED (SELECT target, kind, until FROM stops_now($1))
 SELECT kind, CASE WHEN kind = 0 THEN target ELSE '' END AS target, kind = 0 AND without_exit AS without_exit,
@@ -51,8 +51,8 @@ GROUP BY 1, 2, 3, 4, 5, 6;
 -- name: groups_of_classes
 -- The same without counts, from one look into an index for each class of slots: for callers who find no work. Counts on
 -- the day's rows standing. Slots that are held for themselves are looked at one by one.
--- $1 organization, $2 target or NULL, $3 region or NULL. Index: daily_work_tracking_open, work_slots_class, primary key
--- of daily_work_tracking.
+-- $1 organization, $2 target or NULL, $3 region or NULL. Index: daily_work_tracking_open, work_slots_class,
+-- daily_work_tracking_slot.
 WITH today AS MATERIALIZED (
   SELECT (now() AT TIME ZONE time_zone)::date AS work_date, extract(epoch FROM now())::double precision AS now
   FROM organizations WHERE organization_id = $1
@@ -124,7 +124,8 @@ WHERE kind IS NOT NULL
 GROUP BY 1, 2, 3, 4, 5, 6;
 
 -- name: standing_of_slot
--- One slot, with everything that may hold it back. $1 organization, $2 slot. Index: primary keys.
+-- One slot, with everything that may hold it back. $1 organization, $2 slot. Index: primary keys,
+-- daily_work_tracking_slot.
 SELECT s.slot_id, s.target, s.is_active, s.in_date, s.taken, s.quota, s.open_units, s.next_unit_at, s.without_exit,
   s.exit_region, s.exit_provider, coalesce(s.persona_need, '') AS persona_need, r.room,
   CASE WHEN r.blocked_until > now() THEN r.blocked_until END AS held_until, coalesce(r.is_paused, false) AS is_paused,

@@ -61,6 +61,12 @@ async def a_busy_day(allocator: Allocator) -> str:
     return slot.slot_id
 
 
+DOUBLED = (
+    "INSERT INTO daily_work_tracking (organization_id, work_date, slot_id, quota) "
+    "SELECT organization_id, work_date, slot_id, quota FROM daily_work_tracking"
+)
+
+
 async def test_all_invariants_hold_while_all_is_well(allocator: Allocator, invariants: Invariants) -> None:
     await a_busy_day(allocator)
     assert len(await allocator.sql("SELECT FROM quarantined_results")) == 1
@@ -78,6 +84,7 @@ async def test_all_invariants_hold_while_all_is_well(allocator: Allocator, invar
             "quota",
             "ALTER TABLE daily_work_tracking DROP CONSTRAINT within_quota; UPDATE daily_work_tracking SET quota = 3",
         ),
+        ("quota", DOUBLED),
         ("exit_cap", "ALTER TABLE exits DROP CONSTRAINT within_cap; UPDATE exits SET cap = 1 WHERE use_count > 1"),
         ("exit_cap", "UPDATE exits SET use_count = 0"),
         ("exit_cap", "UPDATE exits SET cap_mode = 2, use_count = use_count + 1"),
