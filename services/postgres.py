@@ -148,7 +148,7 @@ class Database:
             DatabaseUnavailable: as in `connection`. Whether the commit was carried out is unknown if the connection
                 broke during it, which is why mutations are idempotent.
         """
-        async with self.connection() as connection, connection.transaction():
+        async with self.connection() as connection, connection.transaction(isolation="read_committed"):
             yield connection
 
     async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:

@@ -99,18 +99,15 @@ FROM made
 WHERE d.organization_id = $1 AND d.work_date = $2;
 
 -- name: begin_batch
--- Requests that are on record, and the targets that may hold something back, locked by name. The statements after it in
--- the transaction are planned not to read tables whole: a plan made while a table is small outlives that. $1
--- organization, $2 ids of requests, $3 targets. Index: primary keys.
+-- Requests that are on record, and the targets that may hold something back, locked by name. $1 organization, $2 ids of
+-- requests, $3 targets. Index: primary keys.
 SELECT r.request_id, r.request_sha256, r.answer, NULL::text AS target FROM requests r
 WHERE r.organization_id = $1 AND r.method = 'AllocateWork' AND r.request_id = ANY ($2::uuid[])
 UNION ALL
 SELECT NULL, NULL, NULL, l.target FROM (
   SELECT t.target FROM targets t
   WHERE t.organization_id = $1 AND t.target = ANY ($3::text[])
-  ORDER BY t.target FOR UPDATE) l
-UNION ALL
-SELECT NULL, NULL, NULL, NULL FROM set_config('enable_seqscan', 'off', true) AS setting WHERE setting = '';
+  ORDER BY t.target FOR UPDATE) l;
 
 -- name: room_of_targets
 -- What locked targets let out at this moment; one without a limit is missing. $1 organization, $2 targets. Index:
@@ -286,7 +283,7 @@ SELECT l.allocation_key, l.lease_token, l.work_date, l.slot_id, l.expires_at, l.
 FROM leases l
 JOIN work_slots s ON s.organization_id = $1 AND s.slot_id = l.slot_id
 LEFT JOIN exits e ON e.organization_id = $1 AND e.exit_id = l.exit_id
-WHERE l.organization_id = $1 AND l.allocation_key = ANY ($2::uuid[]) AND l.expires_at > clock_timestamp()
+WHERE (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY ($2::uuid[]) AND l.expires_at > clock_timestamp()
 ORDER BY l.allocation_key;
 
 -- name: attach_personas
@@ -294,5 +291,5 @@ ORDER BY l.allocation_key;
 -- $4 tokens, $5 generations. Index: primary key of leases.
 UPDATE leases l SET persona_id = u.persona_id, persona_token = u.token, persona_generation = u.generation
 FROM unnest($2::uuid[], $3::uuid[], $4::bytea[], $5::bigint[]) AS u (key, persona_id, token, generation)
-WHERE l.organization_id = $1 AND l.allocation_key = u.key
+WHERE (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY (ARRAY[u.key])
 RETURNING l.allocation_key;

@@ -6,13 +6,13 @@
 WITH held AS MATERIALIZED (
   SELECT l.allocation_key, u.exit_ip
   FROM unnest($2::uuid[], $3::text[]) AS u (key, exit_ip)
-  JOIN leases l ON l.organization_id = $1 AND l.allocation_key = u.key
+  JOIN leases l ON (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY (ARRAY[u.key])
   WHERE l.exit_provider <> '' AND l.expires_at > clock_timestamp()
   ORDER BY l.allocation_key
   FOR UPDATE OF l
 )
 UPDATE leases l SET exit_ip = h.exit_ip FROM held h
-WHERE l.organization_id = $1 AND l.allocation_key = h.allocation_key
+WHERE (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY (ARRAY[h.allocation_key])
 RETURNING l.allocation_key;
 
 -- name: enqueue_exit_releases

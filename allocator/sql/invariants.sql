@@ -75,9 +75,11 @@ SELECT count(*) FROM (
 WHERE NOT EXISTS (
   SELECT FROM generate_series(1, length(r.answer) - 15, 16) AS at
   CROSS JOIN LATERAL (SELECT encode(substring(r.answer FROM at FOR 16), 'hex')::uuid AS key) k
-  WHERE EXISTS (SELECT FROM leases l WHERE l.organization_id = r.organization_id AND l.allocation_key = k.key)
+  -- OFFSET 0: one look-up for each key, whatever is known of the tables.
+  WHERE EXISTS (SELECT FROM leases l WHERE (l.organization_id = r.organization_id) IS TRUE AND l.allocation_key = k.key
+      OFFSET 0)
     OR EXISTS (SELECT FROM work_allocations a WHERE a.organization_id = r.organization_id
-      AND a.work_date BETWEEN r.day - 1 AND r.day + 1 AND a.allocation_key = k.key));
+      AND a.work_date BETWEEN r.day - 1 AND r.day + 1 AND a.allocation_key = k.key OFFSET 0));
 
 -- name: before_no_work
 -- What is visible now, and what day it is. $1 organization. Index: primary key.

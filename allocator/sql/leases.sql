@@ -1,5 +1,7 @@
 -- How leases live and end. All are bound to one organization. Rows are locked in the order leases (by key),
 -- work_allocations (by key), daily_work_tracking (by day and slot), exits (by id), by every transaction.
+-- A lease is looked up by its key, however few there were when the plan was made: IS TRUE keeps the planner off the
+-- indexes that begin with the organization, and = ANY (ARRAY[key]) from joining all leases.
 
 -- name: renew_leases
 -- Moves the expiry of live leases that the caller proves to hold. $1 organization, $2 keys, $3 tokens, $4 duration in
@@ -7,7 +9,8 @@
 WITH held AS MATERIALIZED (
   SELECT l.allocation_key
   FROM unnest($2::uuid[], $3::uuid[]) AS u (key, token)
-  JOIN leases l ON l.organization_id = $1 AND l.allocation_key = u.key AND l.lease_token = u.token
+  JOIN leases l ON (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY (ARRAY[u.key])
+    AND l.lease_token = u.token
   WHERE l.expires_at > clock_timestamp() AND l.expires_at < l.renewable_until
   ORDER BY l.allocation_key
   FOR UPDATE OF l
@@ -16,7 +19,7 @@ UPDATE leases l
 SET expires_at = greatest(l.expires_at,
   least(l.renewable_until, statement_timestamp() + $4::float8 * interval '1 second'))
 FROM held h
-WHERE l.organization_id = $1 AND l.allocation_key = h.allocation_key
+WHERE (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY (ARRAY[h.allocation_key])
 RETURNING l.allocation_key, l.lease_token, l.expires_at, l.client_id, l.instance_number;
 
 -- name: lock_leases
@@ -24,7 +27,7 @@ RETURNING l.allocation_key, l.lease_token, l.expires_at, l.client_id, l.instance
 SELECT allocation_key, lease_token, work_date, slot_id, exit_id, exit_epoch, persona_need IS NOT NULL AS needs_persona,
   persona_id, client_id, instance_number, traceparent, granted_at, expires_at, renewable_until,
   expires_at > clock_timestamp() AS is_live, target, exit_returns, exit_provider, exit_ip
-FROM leases WHERE organization_id = $1 AND allocation_key = ANY ($2::uuid[])
+FROM leases WHERE (organization_id = $1) IS TRUE AND allocation_key = ANY ($2::uuid[])
 ORDER BY allocation_key
 FOR UPDATE;
 
@@ -132,7 +135,7 @@ WITH asked AS (
   SELECT * FROM unnest($2::uuid[], $3::smallint[], $4::boolean[], $5::smallint[]) AS u (key, status, late, outcome)
 ), gone AS (
   DELETE FROM leases l USING asked a
-  WHERE l.organization_id = $1 AND l.allocation_key = a.key
+  WHERE (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY (ARRAY[a.key])
   RETURNING l.*, a.status, a.late, a.outcome
 ), ended AS (
   INSERT INTO work_allocations (organization_id, work_date, allocation_key, slot_id, exit_id, persona_id, client_id,
@@ -155,7 +158,7 @@ SELECT statement_timestamp() AS ended_at;
 -- Deletes locked leases that nobody was told of, without a trace but for the check-in of a persona and the release of an
 -- external exit that may have been taken. $1 organization, $2 keys. Index: primary key.
 WITH gone AS (
-  DELETE FROM leases WHERE organization_id = $1 AND allocation_key = ANY ($2::uuid[])
+  DELETE FROM leases WHERE (organization_id = $1) IS TRUE AND allocation_key = ANY ($2::uuid[])
   RETURNING organization_id, allocation_key, persona_need, exit_provider
 ), released AS (
   INSERT INTO exit_releases (organization_id, provider, allocation_key)

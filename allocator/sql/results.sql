@@ -1,5 +1,5 @@
 -- What SubmitResults reads and writes. All are bound to one organization and run in one transaction, in the order that
--- sql/leases.sql states.
+-- sql/leases.sql states; leases are looked up as is said there.
 
 -- name: lock_submitted
 -- Locks leases whose results came, in key order; `is_probe` when a paused target waits for this one. $1 organization,
@@ -8,7 +8,7 @@ SELECT allocation_key, lease_token, work_date, slot_id, target, exit_id,
   allocation_key = ANY (ARRAY(
     SELECT probe_key FROM targets WHERE organization_id = $1 AND probe_key IS NOT NULL)) AS is_probe
 FROM leases
-WHERE organization_id = $1 AND allocation_key = ANY ($2::uuid[])
+WHERE (organization_id = $1) IS TRUE AND allocation_key = ANY ($2::uuid[])
 ORDER BY allocation_key
 FOR UPDATE;
 
@@ -44,9 +44,8 @@ WITH given AS MATERIALIZED (
     AS g (key, token, outcome, milliseconds, speaker, block_type, settings, seen_ip, retry_after, error, persona_used,
       products, signal)
 ), gone AS (
-  -- IS TRUE keeps the planner off the index that begins with the organization, and would read all of its leases.
   DELETE FROM leases l USING given g
-  WHERE (l.organization_id = $1) IS TRUE AND l.allocation_key = g.key AND l.lease_token = g.token
+  WHERE (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY (ARRAY[g.key]) AND l.lease_token = g.token
   RETURNING l.allocation_key, l.work_date, l.slot_id, l.exit_id, l.exit_epoch, l.exit_returns, l.persona_id,
     l.persona_need, l.exit_provider, l.client_id, l.instance_number, l.lease_token, l.granted_at, l.expires_at,
     l.traceparent, l.target, l.exit_ip, l.expires_at <= clock_timestamp() AS late, g.*
