@@ -17,9 +17,9 @@ Result = TypeVar("Result")
 
 # The lock order of the statements leaves no deadlock among themselves; operators and migrations may still make one.
 _TRIES = 5
-# Tables swing between empty and millions of rows within minutes, and a plan outlives that: one that reads a table whole,
-# since it was small when the plan was made, is never right. Every statement that changes anything has its index.
-_BY_INDEX = "SET LOCAL enable_seqscan = off"
+# Tables swing between empty and millions of rows within minutes, and a plan outlives that: one that reads a table
+# whole, since it was small when the plan was made, is never right. Every statement that changes anything has its index.
+BY_INDEX = "SET LOCAL enable_seqscan = off"
 
 
 class Store:
@@ -46,7 +46,7 @@ class Store:
         for left in reversed(range(_TRIES)):
             try:
                 async with self.database.transaction() as connection:
-                    await connection.execute(_BY_INDEX)
+                    await connection.execute(BY_INDEX)
                     return await work(connection)
             except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
                 if not left:

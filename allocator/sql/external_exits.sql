@@ -8,7 +8,7 @@ WITH held AS MATERIALIZED (
   FROM unnest($2::uuid[], $3::text[]) AS u (key, exit_ip)
   JOIN leases l ON (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY (ARRAY[u.key])
   WHERE l.exit_provider <> '' AND l.expires_at > clock_timestamp()
-  ORDER BY l.allocation_key
+  ORDER BY u.key
   FOR UPDATE OF l
 )
 UPDATE leases l SET exit_ip = h.exit_ip FROM held h

@@ -58,10 +58,11 @@ SELECT count(*) FROM (
   SELECT allocation_key, status, recorded_at, quarantined FROM work_allocations
   WHERE organization_id = $1 AND work_date = $2 ORDER BY allocation_key DESC LIMIT $3
 ) a
+-- OFFSET 0: one look-up for each, whatever is known of the tables.
 WHERE (a.status IN (2, 3, 4) AND NOT EXISTS (SELECT FROM work_results r
-    WHERE r.organization_id = $1 AND r.created_at = a.recorded_at AND r.allocation_key = a.allocation_key))
+    WHERE r.organization_id = $1 AND r.created_at = a.recorded_at AND r.allocation_key = a.allocation_key OFFSET 0))
   OR (a.quarantined AND NOT EXISTS (SELECT FROM quarantined_results q
-    WHERE q.organization_id = $1 AND q.allocation_key = a.allocation_key));
+    WHERE q.organization_id = $1 AND q.allocation_key = a.allocation_key OFFSET 0));
 
 -- name: acknowledged_kept
 -- Of the last $1 requests of the hour that were answered with leases: those of whose leases none is on record, neither
@@ -75,7 +76,7 @@ SELECT count(*) FROM (
 WHERE NOT EXISTS (
   SELECT FROM generate_series(1, length(r.answer) - 15, 16) AS at
   CROSS JOIN LATERAL (SELECT encode(substring(r.answer FROM at FOR 16), 'hex')::uuid AS key) k
-  -- OFFSET 0: one look-up for each key, whatever is known of the tables.
+  -- OFFSET 0 as above.
   WHERE EXISTS (SELECT FROM leases l WHERE (l.organization_id = r.organization_id) IS TRUE AND l.allocation_key = k.key
       OFFSET 0)
     OR EXISTS (SELECT FROM work_allocations a WHERE a.organization_id = r.organization_id

@@ -12,7 +12,7 @@ WITH held AS MATERIALIZED (
   JOIN leases l ON (l.organization_id = $1) IS TRUE AND l.allocation_key = ANY (ARRAY[u.key])
     AND l.lease_token = u.token
   WHERE l.expires_at > clock_timestamp() AND l.expires_at < l.renewable_until
-  ORDER BY l.allocation_key
+  ORDER BY u.key
   FOR UPDATE OF l
 )
 UPDATE leases l

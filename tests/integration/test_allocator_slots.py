@@ -96,6 +96,31 @@ async def test_todays_and_later_rows_follow_every_change(allocator: Allocator) -
     assert [row["active"] for row in await rows_of_days(allocator, slot.slot_id)] == [False, True]
 
 
+async def test_days_made_twice_at_once_have_one_row(allocator: Allocator) -> None:
+    ids = [uuid.UUID((await allocator.slot(daily_quota=7)).slot_id) for _ in range(3)]
+    await allocator.sql("DELETE FROM daily_work_tracking")
+    arguments = (await allocator.service.organization_id(), await today(allocator), ids)
+    first, second = await allocator.connect(), await allocator.connect()
+    try:
+        transaction = first.transaction()
+        await transaction.start()
+        await first.execute("SELECT track_slots($1, $2, $3)", *arguments)
+        waiting = asyncio.create_task(second.execute("SELECT track_slots($1, $2, $3)", *arguments))
+        await until(lambda: _is_waiting(allocator))
+        await first.execute("UPDATE work_slots SET daily_quota = 9 WHERE slot_id = $1", ids[0])
+        await transaction.commit()
+        await waiting
+    finally:
+        await first.close()
+        await second.close()
+    rows = await allocator.sql("SELECT slot_id, quota FROM daily_work_tracking ORDER BY slot_id")
+    assert [(row["slot_id"], row["quota"]) for row in rows] == [(ids[0], 9), (ids[1], 7), (ids[2], 7)]
+
+
+async def _is_waiting(allocator: Allocator) -> bool:
+    return bool(await allocator.sql("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
+
 @pytest.mark.parametrize("change", ["create", "resume"])
 async def test_no_slot_slips_between_the_making_of_a_day_and_its_own_commit(allocator: Allocator, change: str) -> None:
     standing = await allocator.slot(is_active=False)

@@ -32,7 +32,7 @@ Metadata = tuple[tuple[str, str], ...]
 INVARIANTS = {
     "quota passed": """
         SELECT * FROM daily_work_tracking WHERE allocated - expired - released > quota""",
-    "a day made twice": "SELECT FROM daily_work_tracking GROUP BY organization_id, work_date, slot_id HAVING count(*) > 1",
+    "a day made twice": "SELECT FROM daily_work_tracking GROUP BY work_date, slot_id HAVING count(*) > 1",
     "cap passed": "SELECT * FROM exits WHERE use_count > cap OR use_count < 0",
     "live and ended": "SELECT allocation_key FROM leases JOIN work_allocations USING (allocation_key)",
     "ended twice": "SELECT allocation_key FROM work_allocations GROUP BY 1 HAVING count(*) > 1",
