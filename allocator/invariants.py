@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from allocator import metrics
-from allocator.store import BY_INDEX
+from allocator.store import by_index
 from services.errors import DatabaseUnavailable
 from services.postgres import queries
 
@@ -96,8 +96,7 @@ class Invariants:
         return int(await self._database.fetchval(_SQL[statement]))
 
     async def _sampled(self, statement: str, *arguments: Any) -> int:
-        async with self._database.transaction() as connection:
-            await connection.execute(BY_INDEX)
+        async with by_index(self._database) as connection:
             return int(await connection.fetchval(_SQL[statement], *arguments))
 
     async def _days(self) -> list[asyncpg.Record]:

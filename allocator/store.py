@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import asyncpg
@@ -20,6 +21,14 @@ _TRIES = 5
 # Tables swing between empty and millions of rows within minutes, and a plan outlives that: one that reads a table
 # whole, since it was small when the plan was made, is never right. Every statement that changes anything has its index.
 BY_INDEX = "SET LOCAL enable_seqscan = off"
+
+
+@asynccontextmanager
+async def by_index(database: Database) -> AsyncIterator[Connection]:
+    """A transaction whose statements read no table whole that has an index for them. Raises: DatabaseUnavailable."""
+    async with database.transaction() as connection:
+        await connection.execute(BY_INDEX)
+        yield connection
 
 
 class Store:
@@ -45,8 +54,7 @@ class Store:
         """
         for left in reversed(range(_TRIES)):
             try:
-                async with self.database.transaction() as connection:
-                    await connection.execute(BY_INDEX)
+                async with by_index(self.database) as connection:
                     return await work(connection)
             except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
                 if not left:

@@ -57,8 +57,8 @@ ORDER BY allocation_key
 FOR UPDATE;
 
 -- name: organizations_to_sweep
--- Whose leases the sweep must look at: of the longest overdue ones. The only statement over all organizations. The limit
--- also keeps a planner without figures from reading the whole table. Index: leases_sweep_at.
+-- Whose leases the sweep must look at: of the longest overdue ones. The only statement over all organizations.
+-- Index: leases_sweep_at.
 SELECT DISTINCT organization_id FROM (
   SELECT organization_id FROM leases WHERE sweep_at <= statement_timestamp() ORDER BY sweep_at LIMIT 1000) overdue;
 

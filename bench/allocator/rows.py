@@ -166,6 +166,7 @@ def latency(bench: Bench) -> Measure:
         main.renew()
         peak = bench.asked_ahead([server], main.key, bench.plan.seconds).calls / bench.plan.seconds
         for share, figures in ((0.1, tenths), (0.5, halves)):
+            main.renew()
             tally = bench.load("paced", [server], main.key, bench.plan.seconds, rate=peak * share)
             figures.append(statistics.quantiles(tally.latencies, n=100)[98] * 1e3)
         bench.said(f"  p99 {halves[-1]:.1f} ms at {peak / 2:,.0f} requests/s, {tenths[-1]:.1f} ms at {peak / 10:,.0f}")
