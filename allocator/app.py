@@ -38,11 +38,14 @@ CONFIG = AllocatorConfig
 
 # A row that stays locked longer than this fails the batch that waits for it, instead of every caller's deadline.
 _LOCK_TIMEOUT_MS = "5000"
+# Tables swing between empty and millions of rows within minutes, and a plan outlives that: one that reads a table
+# whole, since it was small when the plan was made, is never right. Every statement has its index.
+_SETTINGS = {"lock_timeout": _LOCK_TIMEOUT_MS, "enable_seqscan": "off"}
 
 
 async def bind(chassis: Chassis[Any], config: AllocatorConfig) -> None:
     """Builds the service and registers it."""
-    database = await chassis.database(lock_timeout=_LOCK_TIMEOUT_MS)
+    database = await chassis.database(**_SETTINGS)
     partitions = Partitions(database)
     await partitions.ensure()
     peer = Peer(config.persona_store)

@@ -10,18 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
 from allocator import metrics
-from allocator.store import by_index
 from services.errors import DatabaseUnavailable
 from services.postgres import queries
 
 if TYPE_CHECKING:
-    import asyncpg
-
     from allocator.audit_store import AuditStore
     from services.postgres import Database
 
@@ -52,8 +49,8 @@ class Invariants:
             "exit_cap": (lambda: self._whole("exit_cap"), _ROUND_SECONDS),
             "one_lease": (lambda: self._whole("one_lease"), _ROUND_SECONDS),
             "counters": (lambda: self._by_day("counters"), _ROUND_SECONDS),
-            "result_kept": (self._lost_results, _ROUND_SECONDS),
-            "acknowledged_kept": (lambda: self._sampled("acknowledged_kept", _SAMPLED_REQUESTS), _ROUND_SECONDS),
+            "result_kept": (lambda: self._by_day("result_kept", _SAMPLED_ALLOCATIONS), _ROUND_SECONDS),
+            "acknowledged_kept": (lambda: self._whole("acknowledged_kept", _SAMPLED_REQUESTS), _ROUND_SECONDS),
             "audit_chain": (self._broken_chains, _AUDIT_SECONDS),
         }
         self._due = dict.fromkeys(self._checks, 0.0)
@@ -92,21 +89,14 @@ class Invariants:
                     self._due[name] = time.monotonic() + _ROUND_SECONDS
             await asyncio.sleep(1.0)
 
-    async def _whole(self, statement: str) -> int:
-        return int(await self._database.fetchval(_SQL[statement]))
+    async def _whole(self, statement: str, *arguments: int) -> int:
+        return int(await self._database.fetchval(_SQL[statement], *arguments))
 
-    async def _sampled(self, statement: str, *arguments: Any) -> int:
-        async with by_index(self._database) as connection:
-            return int(await connection.fetchval(_SQL[statement], *arguments))
-
-    async def _days(self) -> list[asyncpg.Record]:
-        return await self._database.fetch(_SQL["invariant_days"])
-
-    async def _by_day(self, statement: str) -> int:
-        return sum([int(await self._database.fetchval(_SQL[statement], *day)) for day in await self._days()])
-
-    async def _lost_results(self) -> int:
-        return sum([await self._sampled("result_kept", *day, _SAMPLED_ALLOCATIONS) for day in await self._days()])
+    async def _by_day(self, statement: str, *arguments: int) -> int:
+        broken = 0
+        for row in await self._database.fetch(_SQL["invariant_days"]):
+            broken += int(await self._database.fetchval(_SQL[statement], *row, *arguments))
+        return broken
 
     async def _broken_chains(self) -> int:
         broken = 0

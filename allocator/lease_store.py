@@ -23,7 +23,7 @@ from allocator.leases import (
     exit_returns,
     work_dates,
 )
-from allocator.store import Store, by_index
+from allocator.store import Store
 from services.postgres import queries
 
 if TYPE_CHECKING:
@@ -161,8 +161,7 @@ class LeaseStore(Store):
 
     async def organizations_to_sweep(self) -> list[UUID]:
         """Returns the organizations whose leases the sweep must look at."""
-        async with by_index(self.database) as connection:
-            return [row["organization_id"] for row in await connection.fetch(_SQL["organizations_to_sweep"])]
+        return [row["organization_id"] for row in await self.database.fetch(_SQL["organizations_to_sweep"])]
 
     async def expire(self, organization_id: UUID, at_most: int) -> int:
         """Ends up to `at_most` leases that ran out; returns how many. Leases in use by others are passed over."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import asyncpg
@@ -18,18 +17,6 @@ Result = TypeVar("Result")
 
 # The lock order of the statements leaves no deadlock among themselves; operators and migrations may still make one.
 _TRIES = 5
-# Tables swing between empty and millions of rows within minutes, and a plan outlives that: one that reads a table
-# whole, since it was small when the plan was made, is never right. Every statement that changes anything has its index.
-BY_INDEX = "SET LOCAL enable_seqscan = off"
-
-
-@asynccontextmanager
-async def by_index(database: Database) -> AsyncIterator[Connection]:
-    """A transaction whose statements read no table whole that has an index for them. Raises: DatabaseUnavailable."""
-    async with database.transaction() as connection:
-        await connection.execute(BY_INDEX)
-        yield connection
-
 
 class Store:
     """Runs work in transactions.
@@ -54,7 +41,7 @@ class Store:
         """
         for left in reversed(range(_TRIES)):
             try:
-                async with by_index(self.database) as connection:
+                async with self.database.transaction() as connection:
                     return await work(connection)
             except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
                 if not left:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from allocator import store
 from services.postgres import queries
 from tests.support.allocator import Allocator
 from tests.support.services import StartService
@@ -44,7 +43,7 @@ async def test_leases_are_looked_up_by_key(
         if known != "nothing":
             await door.execute("VACUUM ANALYZE leases")
         async with door.transaction():
-            await door.execute(store.BY_INDEX)
+            await door.execute("SET LOCAL enable_seqscan = off")
             await door.execute("SET LOCAL plan_cache_mode = force_generic_plan")
             text = await door.fetchval(
                 f"EXPLAIN (FORMAT JSON) {queries('allocator', file)[name]}", organization_id, *arguments
