@@ -10,6 +10,7 @@ import structlog
 
 from allocator import metrics
 from allocator.clients import SILENT_SECONDS
+from allocator.store import WHOLE_SECONDS, whole_tables
 from services.errors import DatabaseUnavailable
 from services.postgres import queries
 
@@ -23,7 +24,7 @@ _log = structlog.get_logger("allocator.gauges")
 _SECONDS = 5.0
 _SLOW_SECONDS = 60.0
 # With millions of slots or leases a reading takes seconds: it may take this share of the time.
-_SHARE = 0.02
+_SHARE = 0.01
 
 
 class Gauges:
@@ -35,7 +36,8 @@ class Gauges:
 
     async def measure(self) -> None:
         """Reads what is cheap. Raises: DatabaseUnavailable."""
-        row = await self._database.fetchrow(_SQL["gauges"])
+        async with whole_tables(self._database) as connection:
+            row = await connection.fetchrow(_SQL["gauges"], timeout=WHOLE_SECONDS)
         assert row is not None
         metrics.LIVE_LEASES.set(row["live_leases"])
         metrics.OVERDUE_LEASES.set(row["overdue_leases"])
@@ -45,7 +47,8 @@ class Gauges:
 
     async def measure_slowly(self) -> None:
         """Reads what may take seconds. Raises: DatabaseUnavailable."""
-        row = await self._database.fetchrow(_SQL["slow_gauges"], SILENT_SECONDS)
+        async with whole_tables(self._database) as connection:
+            row = await connection.fetchrow(_SQL["slow_gauges"], SILENT_SECONDS, timeout=WHOLE_SECONDS)
         assert row is not None
         metrics.ACTIVE_SLOTS.set(row["active_slots"])
         metrics.CLIENTS.labels("online").set(row["clients_online"])
@@ -56,15 +59,14 @@ class Gauges:
         """Reads the gauges again and again; they keep their values while the database is away."""
         slowly_at = 0.0
         while True:
-            took = 0.0
             begun = time.monotonic()
             try:
                 await self.measure()
-                took = time.monotonic() - begun
-                begun = time.monotonic()
-                if begun >= slowly_at:
+                if time.monotonic() >= slowly_at:
+                    slow = time.monotonic()
                     await self.measure_slowly()
-                    slowly_at = begun + max(_SLOW_SECONDS, (time.monotonic() - begun) / _SHARE)
+                    slowly_at = slow + max(_SLOW_SECONDS, (time.monotonic() - slow) / _SHARE)
             except DatabaseUnavailable as error:
                 _log.warning("the gauges wait for the database", error=error.message)
-            await asyncio.sleep(max(_SECONDS, took / _SHARE))
+            # What was given up took its share too.
+            await asyncio.sleep(max(_SECONDS, (time.monotonic() - begun) / _SHARE))

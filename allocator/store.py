@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import asyncpg
@@ -17,6 +18,22 @@ Result = TypeVar("Result")
 
 # The lock order of the statements leaves no deadlock among themselves; operators and migrations may still make one.
 _TRIES = 5
+WHOLE_SECONDS = 30.0
+
+
+@asynccontextmanager
+async def whole_tables(database: Database) -> AsyncIterator[Connection]:
+    """A transaction for what asks of all rows of a table: it reads them in their order on the disk.
+
+    Its statements are given `WHOLE_SECONDS`.
+
+    Raises:
+        DatabaseUnavailable: as `Database.connection`.
+    """
+    async with database.transaction() as connection:
+        await connection.execute("SET LOCAL enable_seqscan = on")
+        yield connection
+
 
 class Store:
     """Runs work in transactions.
