@@ -19,7 +19,7 @@ _log = structlog.get_logger("allocator.capacity")
 
 _ROUND_SECONDS = 10.0
 # With very many organizations a round takes long, and then comes less often.
-_SHARE = 0.1
+_SHARE = 0.02
 
 
 class Capacity:

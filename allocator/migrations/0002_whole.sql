@@ -326,9 +326,10 @@ DROP FUNCTION exits_now(uuid);
 -- Likewise what decides whether an exit can be used: `room` uses more, if it is enabled. A window that has ended counts
 -- no more.
 CREATE FUNCTION exits_now(organization uuid)
-RETURNS TABLE (exit_id uuid, region text, enabled boolean, cap_mode smallint, cap integer, use_count integer, room integer)
+RETURNS TABLE (exit_id uuid, region text, enabled boolean, cap_mode smallint, cap integer, use_count integer, room integer,
+  window_ends_at timestamptz)
 LANGUAGE sql STABLE AS $$
-  SELECT e.exit_id, e.region, e.enabled, e.cap_mode, e.cap, u.use_count, e.cap - u.use_count
+  SELECT e.exit_id, e.region, e.enabled, e.cap_mode, e.cap, u.use_count, e.cap - u.use_count, e.window_ends_at
   FROM exits e
   CROSS JOIN LATERAL (SELECT CASE WHEN e.cap_mode = 3 AND e.window_ends_at <= now() THEN 0 ELSE e.use_count END
     AS use_count) u

@@ -138,14 +138,14 @@ WHERE s.slot_id = $2;
 
 -- name: exits_by_region
 -- Pooled exits. `until` is the next end of a window that has no room. $1 organization, $2 region or NULL. At most a few
--- hundred rows are read. Index: that of UNIQUE (organization_id, endpoint), primary key.
+-- hundred rows are read. Index: exits_endpoint.
 SELECT n.region, count(*) AS exits, count(*) FILTER (WHERE n.enabled) AS enabled,
   count(*) FILTER (WHERE n.enabled AND n.room > 0) AS usable,
   coalesce(sum(n.room) FILTER (WHERE n.enabled AND n.room > 0), 0)::bigint AS room,
-  min(e.window_ends_at) FILTER (WHERE n.enabled AND n.room <= 0 AND n.cap_mode = 3) AS until,
+  min(n.window_ends_at) FILTER (WHERE n.enabled AND n.room <= 0 AND n.cap_mode = 3) AS until,
   (array_agg(n.exit_id ORDER BY n.exit_id) FILTER (WHERE NOT n.enabled))[1:5] AS disabled,
   (array_agg(n.exit_id ORDER BY n.exit_id) FILTER (WHERE n.enabled AND n.room <= 0))[1:5] AS exhausted
-FROM exits_now($1) n JOIN exits e ON e.organization_id = $1 AND e.exit_id = n.exit_id
+FROM exits_now($1) n
 WHERE $2::text IS NULL OR n.region = $2
 GROUP BY n.region;
 
