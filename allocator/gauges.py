@@ -10,7 +10,7 @@ import structlog
 
 from allocator import metrics
 from allocator.clients import SILENT_SECONDS
-from allocator.store import WHOLE_SECONDS, whole_tables
+from allocator.store import fetch_whole
 from services.errors import DatabaseUnavailable
 from services.postgres import queries
 
@@ -36,9 +36,7 @@ class Gauges:
 
     async def measure(self) -> None:
         """Reads what is cheap. Raises: DatabaseUnavailable."""
-        async with whole_tables(self._database) as connection:
-            row = await connection.fetchrow(_SQL["gauges"], timeout=WHOLE_SECONDS)
-        assert row is not None
+        row = await fetch_whole(self._database, _SQL["gauges"])
         metrics.LIVE_LEASES.set(row["live_leases"])
         metrics.OVERDUE_LEASES.set(row["overdue_leases"])
         metrics.OUTBOX_PENDING.set(row["outbox_pending"])
@@ -47,9 +45,7 @@ class Gauges:
 
     async def measure_slowly(self) -> None:
         """Reads what may take seconds. Raises: DatabaseUnavailable."""
-        async with whole_tables(self._database) as connection:
-            row = await connection.fetchrow(_SQL["slow_gauges"], SILENT_SECONDS, timeout=WHOLE_SECONDS)
-        assert row is not None
+        row = await fetch_whole(self._database, _SQL["slow_gauges"], SILENT_SECONDS)
         metrics.ACTIVE_SLOTS.set(row["active_slots"])
         metrics.CLIENTS.labels("online").set(row["clients_online"])
         metrics.CLIENTS.labels("offline").set(row["clients_offline"])
@@ -57,16 +53,19 @@ class Gauges:
 
     async def measure_for_ever(self) -> None:
         """Reads the gauges again and again; they keep their values while the database is away."""
-        slowly_at = 0.0
+        readings = ((self.measure, _SECONDS), (self.measure_slowly, _SLOW_SECONDS))
+        due = [0.0, 0.0]
         while True:
-            begun = time.monotonic()
-            try:
-                await self.measure()
-                if time.monotonic() >= slowly_at:
-                    slow = time.monotonic()
-                    await self.measure_slowly()
-                    slowly_at = slow + max(_SLOW_SECONDS, (time.monotonic() - slow) / _SHARE)
-            except DatabaseUnavailable as error:
-                _log.warning("the gauges wait for the database", error=error.message)
-            # What was given up took its share too.
-            await asyncio.sleep(max(_SECONDS, (time.monotonic() - begun) / _SHARE))
+            for number, (read, seconds) in enumerate(readings):
+                begun = time.monotonic()
+                if begun < due[number]:
+                    continue
+                period = seconds
+                try:
+                    await read()
+                except DatabaseUnavailable as error:
+                    _log.warning("the gauges wait for the database", error=error.message)
+                    period = _SECONDS
+                # What was given up took its share too.
+                due[number] = begun + max(period, (time.monotonic() - begun) / _SHARE)
+            await asyncio.sleep(max(0.0, min(due) - time.monotonic()))

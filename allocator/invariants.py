@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from allocator import metrics
-from allocator.store import WHOLE_SECONDS, whole_tables
+from allocator.store import fetch_whole
 from services.errors import DatabaseUnavailable
 from services.postgres import queries
 
@@ -93,8 +93,7 @@ class Invariants:
             await asyncio.sleep(1.0)
 
     async def _whole(self, statement: str) -> int:
-        async with whole_tables(self._database) as connection:
-            return int(await connection.fetchval(_SQL[statement], timeout=WHOLE_SECONDS))
+        return int((await fetch_whole(self._database, _SQL[statement]))[0])
 
     async def _lost_requests(self) -> int:
         return int(await self._database.fetchval(_SQL["acknowledged_kept"], _SAMPLED_REQUESTS))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
@@ -18,21 +17,20 @@ Result = TypeVar("Result")
 
 # The lock order of the statements leaves no deadlock among themselves; operators and migrations may still make one.
 _TRIES = 5
-WHOLE_SECONDS = 30.0
+_WHOLE_SECONDS = 30.0
 
 
-@asynccontextmanager
-async def whole_tables(database: Database) -> AsyncIterator[Connection]:
-    """A transaction for what asks of all rows of a table: it reads them in their order on the disk.
-
-    Its statements are given `WHOLE_SECONDS`.
+async def fetch_whole(database: Database, statement: str, *arguments: Any) -> asyncpg.Record:
+    """Returns the one row of a statement that asks of all rows of a table: it reads them in their order on the disk.
 
     Raises:
-        DatabaseUnavailable: as `Database.connection`.
+        DatabaseUnavailable: as `Database.connection`, or there was no answer within 30 s.
     """
     async with database.transaction() as connection:
         await connection.execute("SET LOCAL enable_seqscan = on")
-        yield connection
+        row = await connection.fetchrow(statement, *arguments, timeout=_WHOLE_SECONDS)
+    assert row is not None
+    return row
 
 
 class Store:

@@ -99,7 +99,7 @@ LANGUAGE sql IMMUTABLE AS $$
     ELSE least(quota, floor((at - paced_from) * quota / paced_seconds)::bigint + 1)::integer END - taken)
 $$;
 
--- What the rows of one day say of slots: of those in their dates, and whether each is.
+-- What the rows of one day say of slots; one outside its dates is not active.
 CREATE FUNCTION days_of_slots(organization uuid, day date, slots uuid[])
 RETURNS TABLE (slot_id uuid, quota integer, class_id integer, active boolean, paced_from double precision,
   paced_seconds double precision)
