@@ -71,11 +71,7 @@ ALTER TABLE daily_work_tracking
     CASE WHEN NOT active OR allocated - expired - released >= quota THEN NULL
       WHEN paced_seconds IS NULL THEN '-infinity'::double precision
       ELSE paced_from + (allocated - expired - released) * paced_seconds / quota END) STORED,
-  ADD CONSTRAINT paced_whole CHECK ((paced_from IS NULL) = (paced_seconds IS NULL)),
-  -- The counters move all day. While another transaction keeps their old versions from being removed, a unique index
-  -- visits every one of them at every update that leaves its page. track_slots makes no row twice.
-  DROP CONSTRAINT daily_work_tracking_pkey;
-CREATE INDEX daily_work_tracking_slot ON daily_work_tracking (organization_id, work_date, slot_id);
+  ADD CONSTRAINT paced_whole CHECK ((paced_from IS NULL) = (paced_seconds IS NULL));
 UPDATE daily_work_tracking t SET class_id = s.class_id, active = s.is_active
 FROM work_slots s WHERE s.slot_id = t.slot_id AND t.work_date >= (now() AT TIME ZONE 'UTC')::date - 1;
 CREATE INDEX daily_work_tracking_open ON daily_work_tracking (organization_id, work_date, class_id, open_at, slot_id)
@@ -99,54 +95,30 @@ LANGUAGE sql IMMUTABLE AS $$
     ELSE least(quota, floor((at - paced_from) * quota / paced_seconds)::bigint + 1)::integer END - taken)
 $$;
 
--- What the rows of one day say of slots; one outside its dates is not active.
-CREATE FUNCTION days_of_slots(organization uuid, day date, slots uuid[])
-RETURNS TABLE (slot_id uuid, quota integer, class_id integer, active boolean, paced_from double precision,
-  paced_seconds double precision)
-LANGUAGE sql STABLE AS $$
-  SELECT s.slot_id, s.daily_quota, s.class_id, s.is_active AND day BETWEEN s.start_date AND s.end_date,
+-- Makes the rows of one day for slots, or makes them follow their slots; the only place where rows are made. A quota
+-- never falls below the units that count against it. A slot outside its dates gets no row; one that stands is closed.
+CREATE FUNCTION track_slots(organization uuid, day date, slots uuid[]) RETURNS void
+LANGUAGE sql VOLATILE AS $$
+  INSERT INTO daily_work_tracking AS t (organization_id, work_date, slot_id, quota, class_id, active, paced_from,
+    paced_seconds)
+  SELECT s.organization_id, day, s.slot_id, s.daily_quota, s.class_id, s.is_active AND day BETWEEN s.start_date AND s.end_date,
     CASE WHEN s.pacing = 2 THEN extract(epoch FROM day::timestamp AT TIME ZONE o.time_zone) END,
     CASE WHEN s.pacing = 2 THEN extract(epoch FROM (day + 1)::timestamp AT TIME ZONE o.time_zone)
       - extract(epoch FROM day::timestamp AT TIME ZONE o.time_zone) END
   FROM organizations o JOIN work_slots s USING (organization_id)
   WHERE o.organization_id = organization AND s.slot_id = ANY (slots)
-$$;
-
--- Makes the rows of one day for slots, or makes them follow their slots; the only place where rows are made. A quota
--- never falls below the units that count against it. A slot outside its dates gets no row; one that stands is closed.
--- No constraint keeps a slot from having two rows of a day, the locks on the slots do: each statement sees what was
--- committed before the locks of the one before it were granted.
-CREATE FUNCTION track_slots(organization uuid, day date, slots uuid[]) RETURNS void
-LANGUAGE sql VOLATILE AS $$
-  SELECT FROM work_slots s WHERE s.organization_id = organization AND s.slot_id = ANY (slots)
-  ORDER BY s.slot_id FOR NO KEY UPDATE;
-
-  SELECT FROM daily_work_tracking t
-  WHERE t.organization_id = organization AND t.work_date = day AND t.slot_id = ANY (slots)
-  ORDER BY t.slot_id FOR UPDATE;
-
-  UPDATE daily_work_tracking t
-  SET quota = n.quota, class_id = n.class_id, active = n.active, paced_from = n.paced_from,
-    paced_seconds = n.paced_seconds
-  FROM (
-    SELECT d.slot_id, greatest(least(s.quota + d.reopened, 1000000), d.allocated - d.expired - d.released, 1) AS quota,
-      s.class_id, s.active, s.paced_from, s.paced_seconds
-    FROM days_of_slots(organization, day, slots) s JOIN daily_work_tracking d
-      ON d.organization_id = organization AND d.work_date = day AND d.slot_id = s.slot_id
-  ) n
-  WHERE t.organization_id = organization AND t.work_date = day AND t.slot_id = n.slot_id
-    AND (t.quota, t.class_id, t.active, t.paced_from, t.paced_seconds) IS DISTINCT FROM
-      (n.quota, n.class_id, n.active, n.paced_from, n.paced_seconds);
-
-  INSERT INTO daily_work_tracking (organization_id, work_date, slot_id, quota, class_id, active, paced_from,
-    paced_seconds)
-  SELECT organization, day, n.slot_id, n.quota, n.class_id, n.active, n.paced_from, n.paced_seconds
-  FROM days_of_slots(organization, day, slots) n
-  WHERE n.active AND NOT EXISTS (
-    -- OFFSET 0: one look-up for each slot, whatever is known of the table.
-    SELECT FROM daily_work_tracking d
-    WHERE d.organization_id = organization AND d.work_date = day AND d.slot_id = n.slot_id OFFSET 0)
-  ORDER BY n.slot_id
+    AND (s.is_active AND day BETWEEN s.start_date AND s.end_date
+      OR EXISTS (SELECT FROM daily_work_tracking d
+        WHERE d.organization_id = organization AND d.work_date = day AND d.slot_id = s.slot_id))
+  ORDER BY s.slot_id
+  FOR SHARE OF s
+  ON CONFLICT (organization_id, work_date, slot_id) DO UPDATE
+  SET quota = greatest(least(excluded.quota + t.reopened, 1000000), t.allocated - t.expired - t.released, 1),
+    class_id = excluded.class_id, active = excluded.active, paced_from = excluded.paced_from,
+    paced_seconds = excluded.paced_seconds
+  WHERE (t.quota, t.class_id, t.active, t.paced_from, t.paced_seconds) IS DISTINCT FROM
+    (greatest(least(excluded.quota + t.reopened, 1000000), t.allocated - t.expired - t.released, 1), excluded.class_id,
+      excluded.active, excluded.paced_from, excluded.paced_seconds)
 $$;
 
 -- Politeness and back-off. A slot without a target is a target of its own, named slot:<its id>.
@@ -212,8 +184,9 @@ ALTER TABLE exits
   -- The count starts afresh, under a new toggle_epoch, with the first use after it.
   ADD COLUMN window_ends_at timestamptz NOT NULL DEFAULT '-infinity',
   ADD CONSTRAINT window_of_mode CHECK ((cap_mode = 3) = (window_seconds IS NOT NULL)),
-  -- As for daily_work_tracking. Rows are made by imports alone, one at a time in an organization, and these make no
-  -- endpoint twice; ids are made afresh.
+  -- An exit's counters move all day. While another transaction keeps their old versions from being removed, a unique
+  -- index visits every one of them at every update that leaves its page. Rows are made by imports alone, one at a time
+  -- in an organization, and these make no endpoint twice; ids are made afresh.
   DROP CONSTRAINT exits_pkey,
   DROP CONSTRAINT exits_organization_id_endpoint_key;
 CREATE INDEX exits_exit_id ON exits (exit_id);
@@ -326,10 +299,9 @@ DROP FUNCTION exits_now(uuid);
 -- Likewise what decides whether an exit can be used: `room` uses more, if it is enabled. A window that has ended counts
 -- no more.
 CREATE FUNCTION exits_now(organization uuid)
-RETURNS TABLE (exit_id uuid, region text, enabled boolean, cap_mode smallint, cap integer, use_count integer, room integer,
-  window_ends_at timestamptz)
+RETURNS TABLE (exit_id uuid, region text, enabled boolean, cap_mode smallint, cap integer, use_count integer, room integer)
 LANGUAGE sql STABLE AS $$
-  SELECT e.exit_id, e.region, e.enabled, e.cap_mode, e.cap, u.use_count, e.cap - u.use_count, e.window_ends_at
+  SELECT e.exit_id, e.region, e.enabled, e.cap_mode, e.cap, u.use_count, e.cap - u.use_count
   FROM exits e
   CROSS JOIN LATERAL (SELECT CASE WHEN e.cap_mode = 3 AND e.window_ends_at <= now() THEN 0 ELSE e.use_count END
     AS use_count) u

@@ -11,7 +11,7 @@ WHERE n.nspname = $1 AND c.relispartition AND c.relkind = 'r';
 
 -- name: loosen_tracking
 -- Statements that give partitions of daily_work_tracking room for updates within the page. $1 schema.
-SELECT format('ALTER TABLE %I.%I SET (fillfactor = 50)', n.nspname, c.relname) AS statement
+SELECT format('ALTER TABLE %I.%I SET (fillfactor = 25)', n.nspname, c.relname) AS statement
 FROM pg_inherits i
 JOIN pg_class c ON c.oid = i.inhrelid
 JOIN pg_class p ON p.oid = i.inhparent

@@ -130,7 +130,7 @@ async def test_missing_partitions_are_counted_and_made(allocator: Allocator, upk
     assert await partitions.missing() == 0
     rows = await allocator.sql(
         "SELECT count(*) AS loose FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
-        "WHERE i.inhparent = 'allocator.daily_work_tracking'::regclass AND 'fillfactor=50' = ANY (c.reloptions)"
+        "WHERE i.inhparent = 'allocator.daily_work_tracking'::regclass AND 'fillfactor=25' = ANY (c.reloptions)"
     )
     assert rows[0]["loose"] == 5
 

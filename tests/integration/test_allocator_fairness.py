@@ -11,7 +11,7 @@ import pytest
 from muster.allocator.v1 import insight_pb2, work_pb2
 
 from services.call import Role
-from tests.support.allocator import Allocator
+from tests.support.allocator import Allocator, until
 from tests.support.services import StartService
 
 _MANY = 3000
@@ -98,20 +98,70 @@ async def test_a_day_is_made_in_pieces_and_no_work_waits_for_the_last(allocator:
     await allocator.take(256)
 
 
+async def test_a_day_follows_its_slots_one_by_one_however_little_is_known_of_it(allocator: Allocator) -> None:
+    """A piece of a new day, made and then changed before anything has been analyzed."""
+    slot = await allocator.slot(daily_quota=1)
+    await _copy(allocator, slot.slot_id, 1_999, day=False)
+    door = await allocator.connect()
+    try:
+        await door.execute("SET enable_seqscan = off")
+        for quota in (1, 2):
+            await door.execute("UPDATE work_slots SET daily_quota = $1", quota)
+            async with door.transaction():
+                await door.execute(
+                    """SELECT track_slots(organization_id, (now() AT TIME ZONE 'UTC')::date, array_agg(slot_id))
+                    FROM work_slots GROUP BY organization_id"""
+                )
+                read = await door.fetchval(
+                    """SELECT sum(idx_tup_fetch + seq_tup_read) FROM pg_stat_xact_user_tables
+                    WHERE relname LIKE 'daily_work_tracking%'"""
+                )
+                # To lock it, to change it, and to see that it stands; each with the index entries of older versions.
+                assert read <= 6 * 2_000
+            rows = await door.fetch("SELECT quota, count(*) AS days FROM daily_work_tracking GROUP BY quota")
+            assert [tuple(row) for row in rows] == [(quota, 2_000)]
+    finally:
+        await door.close()
+
+
 async def test_a_busy_organization_does_not_hold_up_another(start_service: StartService) -> None:
     allocator = await Allocator.of(await start_service("allocator", share={"lanes": 1}))
     other = await Allocator.of(allocator.service)
     other.worker = await allocator.service.metadata(Role.WORKER, "other")
     other.operator = await allocator.service.metadata(Role.OPERATOR, "other")
-    await allocator.slot(daily_quota=1_000_000)
+    slot = await allocator.slot(daily_quota=1_000_000)
     await other.slot(daily_quota=100)
     await asyncio.gather(allocator.take(), other.take())
-    backlog = [asyncio.create_task(allocator.take(256)) for _ in range(60)]
-    await backlog[0]
-    await other.take()
-    # Not behind the backlog, but behind no more than was at work.
-    assert sum(not task.done() for task in backlog) >= 20
+    holder = await allocator.connect()
+    try:
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.fetch("SELECT FROM daily_work_tracking WHERE slot_id = $1 FOR UPDATE", uuid.UUID(slot.slot_id))
+        backlog = [asyncio.create_task(allocator.take(256)) for _ in range(60)]
+
+        async def waits() -> bool:
+            return bool(await allocator.sql("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
+        await until(waits)
+        asked = asyncio.create_task(other.take(client="pc-2"))
+
+        async def was_met() -> bool:
+            return bool(await allocator.sql("SELECT FROM clients WHERE client_id = 'pc-2'"))
+
+        await until(was_met)
+        await transaction.rollback()
+    finally:
+        await holder.close()
+    (unit,) = await asked
     await asyncio.gather(*backlog)
+    # Not behind the backlog, but behind no more than the batch that was at work, and the unit from before.
+    (before,) = await allocator.sql(
+        """SELECT count(*) AS units FROM leases l
+        JOIN leases o ON o.allocation_key = $1 AND o.organization_id <> l.organization_id
+        WHERE l.granted_at < o.granted_at""",
+        uuid.UUID(unit.allocation_key),
+    )
+    assert before["units"] <= 1024 + 1
 
 
 async def test_what_a_simulation_shows_is_what_comes_next(allocator: Allocator) -> None:

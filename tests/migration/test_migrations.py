@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
+from services import migrations
 from services.errors import StartupError
 from services.migrations import SCHEMAS, migrate, pending
 from tests.support.postgres import PostgresServer
@@ -90,3 +91,43 @@ def test_a_role_cannot_touch_another_services_schema(postgres_server: PostgresSe
     stranger = postgres_server.dsn(empty, "muster_archiver")
     with psycopg.connect(stranger) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
         connection.execute("SELECT * FROM identity.api_keys")
+
+
+def test_counters_stand_when_their_tables_lose_their_unique_indexes(
+    postgres_server: PostgresServer, empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dsn = postgres_server.dsn(empty, "muster_allocator")
+    with monkeypatch.context() as at_the_revision_before:
+        upgrade = migrations.command.upgrade
+        at_the_revision_before.setattr(migrations.command, "upgrade", lambda config, _: upgrade(config, "0002"))
+        migrate(SCHEMAS["allocator"], dsn)
+    with psycopg.connect(dsn) as connection:
+        connection.execute("SET search_path = allocator")
+        connection.execute(
+            """CREATE TABLE daily_work_tracking_now PARTITION OF daily_work_tracking
+              FOR VALUES FROM ('2026-01-01') TO ('2026-02-01') WITH (fillfactor = 50);
+            INSERT INTO organizations VALUES ('00000000-0000-0000-0000-000000000001', 'UTC');
+            INSERT INTO work_slots (slot_id, organization_id, keyword, code, target, start_date, end_date, daily_quota,
+              settings, is_active, priority, weight, without_exit, spec_sha256, class_id)
+            SELECT gen_random_uuid(), organization_id, 'laptop', '', '', '2026-01-01', '2026-01-31', 100, '{}', true, 0,
+              1, true, sha256(''), class_of(organization_id, '', 0, true, '', '', NULL)
+            FROM organizations;
+            SELECT track_slots(organization_id, '2026-01-05', array_agg(slot_id)) FROM work_slots
+            GROUP BY organization_id;
+            UPDATE daily_work_tracking SET allocated = 7, succeeded = 3;
+            UPDATE work_slots SET daily_quota = 50"""
+        )
+    assert migrate(SCHEMAS["allocator"], dsn) == ["0003"]
+    with psycopg.connect(dsn) as connection:
+        connection.execute("SET search_path = allocator")
+        connection.execute(
+            "SELECT track_slots(organization_id, '2026-01-05', array_agg(slot_id)) "
+            "FROM work_slots GROUP BY organization_id"
+        )
+        days = connection.execute("SELECT quota, allocated, succeeded FROM daily_work_tracking").fetchall()
+        unique = connection.execute(
+            "SELECT indexname FROM pg_indexes WHERE indexdef LIKE 'CREATE UNIQUE%' "
+            "AND tablename IN ('exits', 'daily_work_tracking', 'daily_work_tracking_now')"
+        ).fetchall()
+    assert days == [(50, 7, 3)]
+    assert not unique
