@@ -40,7 +40,12 @@ CONFIG = AllocatorConfig
 _LOCK_TIMEOUT_MS = "5000"
 # Tables swing between empty and millions of rows within minutes, and a plan outlives that: one that reads a table
 # whole, since it was small when the plan was made, is never right. Every statement has its index.
-_SETTINGS = {"lock_timeout": _LOCK_TIMEOUT_MS, "enable_seqscan": "off"}
+# Checks and gauges that do read tables whole take one core each, so that the others are left to the work.
+_SETTINGS = {
+    "lock_timeout": _LOCK_TIMEOUT_MS,
+    "enable_seqscan": "off",
+    "max_parallel_workers_per_gather": "0",
+}
 
 
 async def bind(chassis: Chassis[Any], config: AllocatorConfig) -> None:
