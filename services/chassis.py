@@ -30,7 +30,7 @@ from grpc_reflection.v1alpha import reflection
 from services import logs, metrics
 from services.call import Role
 from services.config import PostgresConfig, ServiceConfig
-from services.errors import StartupError
+from services.errors import DatabaseUnavailable, StartupError
 from services.identity.keys import Authenticator, KeyStore
 from services.interceptor import Registrar
 from services.migrations import SCHEMAS, pending
@@ -165,6 +165,10 @@ class Chassis(Generic[Config]):
             await self._server.start()
             for service in ("", *self._services):
                 await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        except DatabaseUnavailable as error:
+            # Its connections were open already.
+            await self.close()
+            raise StartupError(f"the start lost the database ({error.message}): start again when it is back") from None
         except BaseException:
             await self.close()
             raise

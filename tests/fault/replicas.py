@@ -1,8 +1,13 @@
-"""Two replicas of a service on one PostgreSQL, as processes of their own, and others that use them."""
+"""Two replicas of a service on one PostgreSQL, as processes of their own, and others that use them.
+
+A replica that ends by itself is started again, as its supervisor does in production: a service leaves waiting for its
+database to whoever starts it. It may so end for want of something at its start, and never else.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +26,7 @@ from services.config import PostgresConfig
 from services.identity.keys import KeyStore
 from services.launcher.guard import guarded_argv
 from services.launcher.postgres import EmbeddedPostgres
+from services.launcher.supervisor import BAD_START_CODE
 from services.migrations import IDENTITY, SCHEMAS, migrate
 from services.postgres import Database
 
@@ -37,10 +43,14 @@ class Process:
         name: Of its log.
         folder: Where the log goes.
         environ: Its whole environment.
+
+    Attributes:
+        wanted: Whether it is to run: from its start until somebody ends it.
     """
 
     def __init__(self, name: str, folder: Path, environ: Mapping[str, str]) -> None:
         self.name = name
+        self.wanted = False
         self._log = folder / f"{name}.log"
         self._environ = dict(environ)
         self._process: subprocess.Popen[bytes] | None = None
@@ -52,6 +62,7 @@ class Process:
 
     def start(self, *argv: str) -> None:
         """Starts it."""
+        self.wanted = True
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 guarded_argv(list(argv), on_parent_death=signal.SIGKILL),
@@ -78,9 +89,17 @@ class Process:
 
     async def kill(self) -> None:
         """Ends it as a power cut would."""
+        await self._end(signal.SIGKILL)
+
+    async def terminate(self) -> None:
+        """Ends it in good order."""
+        await self._end(signal.SIGTERM)
+
+    async def _end(self, number: signal.Signals) -> None:
+        self.wanted = False
         if self.code is None:
-            self.send(signal.SIGKILL)
-            await self.ended(30)
+            self.send(number)
+            await self.ended(60)
 
     def words(self) -> str:
         """Returns the end of its log."""
@@ -101,6 +120,9 @@ class Replicas:
         postgres: The database server.
         addresses: Of the replicas.
         replicas: By name.
+        failed: Set when a replica has ended by itself.
+        failed_starts: How often one ended so since it could not start.
+        crashes: Every other such end, in words.
     """
 
     def __init__(self, folder: Path, service: str, settings: Mapping[str, str], options: tuple[str, ...] = ()) -> None:
@@ -110,6 +132,10 @@ class Replicas:
         self.postgres = EmbeddedPostgres(folder / "postgres", {"shared_buffers": "64MB"})
         self.addresses = [f"127.0.0.1:{_free_port()}" for _ in REPLICAS]
         self.replicas: dict[str, Process] = {}
+        self.failed = asyncio.Event()
+        self.failed_starts = 0
+        self.crashes: list[str] = []
+        self._keeping: asyncio.Task[None] | None = None
         self._folder = folder
         self._service = service
         self._settings = settings
@@ -140,6 +166,7 @@ class Replicas:
             environ |= {f"MUSTER_{self._service.upper()}__{key}": value for key, value in settings.items()}
             self.replicas[name] = Process(name, self._folder, environ)
             self.start_replica(name)
+        self._keeping = asyncio.create_task(self._keep(), name="keep replicas")
 
     def _prepare(self) -> None:
         self.postgres.start()
@@ -151,6 +178,21 @@ class Replicas:
     def start_replica(self, name: str) -> None:
         """Starts a replica."""
         self.replicas[name].start(*self._argv)
+
+    async def _keep(self) -> None:
+        while True:
+            for name, replica in self.replicas.items():
+                code = replica.code
+                if code is None or not replica.wanted:
+                    continue
+                if code == BAD_START_CODE:
+                    self.failed_starts += 1
+                else:
+                    self.crashes.append(f"{name} ended by itself with {code}: {replica.words()}")
+                # At once: a start takes long enough for this to be no busy loop.
+                self.start_replica(name)
+                self.failed.set()
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def keys(self) -> dict[str, str]:
         """Makes API keys of a `worker` and an `operator`."""
@@ -174,11 +216,12 @@ class Replicas:
         return self._children[name]
 
     async def all_well(self, names: list[str], seconds: float) -> None:
-        """Waits until some of them have ended, which they must well."""
+        """Waits until some of them have ended, which they must well; no replica may have crashed meanwhile."""
         for name in names:
             process = self._children[name]
             code = await process.ended(seconds)
             assert code == 0, f"{name} ended with {code}: {process.words()}"
+        assert not self.crashes, "\n".join(self.crashes)
 
     def postgres_processes(self) -> list[psutil.Process]:
         """Returns every process of the server, its first one first."""
@@ -193,6 +236,10 @@ class Replicas:
 
     async def stop(self) -> None:
         """Ends everything."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeping
         for process in (*self._children.values(), *self.replicas.values()):
             await process.kill()
         await asyncio.to_thread(self.postgres.stop)

@@ -59,7 +59,7 @@ async def test_a_fleet_under_faults_leaves_a_sound_history(fleet: Fleet) -> None
     stored = await _settled(fleet)
     evidence = Evidence.of(history.read(fleet.history))
     violations = check(evidence, stored, Facts(exits, {"narrow": NARROW}))
-    print(_summary(faults, evidence, stored))
+    print(_summary(faults, fleet, evidence, stored))
     assert not violations, "\n".join(f"{one.kind}: {one.text}" for one in violations[:20])
     _enough(faults, evidence)
 
@@ -131,7 +131,7 @@ async def _settled(fleet: Fleet) -> Any:
         await connection.close()
 
 
-def _summary(faults: Faults, evidence: Evidence, stored: Any) -> str:
+def _summary(faults: Faults, fleet: Fleet, evidence: Evidence, stored: Any) -> str:
     by_kind: dict[str, Counter[str]] = {}
     for attempt in evidence.attempts:
         outcome = str(attempt.end)
@@ -145,6 +145,7 @@ def _summary(faults: Faults, evidence: Evidence, stored: Any) -> str:
             outcome = attempt.told["reason"].lower()
         by_kind.setdefault(attempt.kind, Counter())[outcome] += 1
     lines = [f"faults: {faults.done.total()}", *(f"  {kind}: {count}" for kind, count in sorted(faults.done.items()))]
+    lines.append(f"starts that failed: {fleet.failed_starts}")
     lines.append(f"attempts: {len(evidence.attempts)}")
     for kind, outcomes in sorted(by_kind.items()):
         lines.append(f"  {kind}: {outcomes.total()} ({', '.join(f'{n} {name}' for name, n in outcomes.most_common())})")

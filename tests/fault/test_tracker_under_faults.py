@@ -57,7 +57,7 @@ async def test_workers_and_watchers_under_faults(fleet: Fleet) -> None:
     events = history.read(fleet.history)
     rows = await _rows(fleet)
     violations = [*check(events, rows), *left]
-    print(_summary(faults, events, rows))
+    print(_summary(faults, fleet, events, rows))
     assert not violations, "\n".join(f"{one.kind}: {one.text}" for one in violations[:20])
     _enough(faults, events)
 
@@ -86,13 +86,13 @@ async def _rows(fleet: Fleet) -> list[Row]:
     return [Row(session_id, (int(State[status.upper()]), *rest)) for session_id, status, *rest in rows]
 
 
-def _summary(faults: Faults, events: Sequence[Event], rows: Sequence[Row]) -> str:
+def _summary(faults: Faults, fleet: Fleet, events: Sequence[Event], rows: Sequence[Row]) -> str:
     kinds = Counter(event.kind for event in events)
     verdicts = [event.of["verdicts"] for event in events if event.kind == "reported"]
     taken, stale, unknown = (sum(counts) for counts in zip(*verdicts, strict=True))
     done = ", ".join(f"{kind} {count}" for kind, count in sorted(faults.done.items()))
     return (
-        f"faults: {done}\n"
+        f"faults: {done}; starts that failed: {fleet.failed_starts}\n"
         f"updates: {taken} taken, {stale} stale, {unknown} of sessions to start again; calls that failed: "
         f"{kinds['failed']}; results: {kinds['completed']} acknowledged, {len(rows)} on record; refused: "
         f"{kinds['refused']}; watchers: {kinds['saw']} answers, {kinds['broken']} broken streams"

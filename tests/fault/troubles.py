@@ -77,9 +77,7 @@ class Troubles:
 
     async def _restart_replica(self) -> None:
         name = self._chance.choice(REPLICAS)
-        replica = self._on.replicas[name]
-        replica.send(signal.SIGTERM)
-        await replica.ended(60)
+        await self._on.replicas[name].terminate()
         self._on.start_replica(name)
 
     async def _kill_postgres(self) -> None:

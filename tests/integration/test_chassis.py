@@ -22,7 +22,7 @@ from services import metrics
 from services.call import Role, current
 from services.chassis import Chassis
 from services.config import MetricsConfig, PostgresConfig, ServiceConfig
-from services.errors import InvalidApiKey, Overloaded, StartupError
+from services.errors import DatabaseUnavailable, InvalidApiKey, Overloaded, StartupError
 from services.identity.keys import KeyStore
 from services.migrations import IDENTITY, migrate
 from services.postgres import Database
@@ -354,6 +354,25 @@ async def test_a_database_that_is_not_there_is_a_start_up_error() -> None:
     config = ServiceConfig.model_validate({"postgres": {"dsn": "postgresql://nobody@127.0.0.1:1/none"}})
     with pytest.raises(StartupError, match="does not answer"):
         await Chassis("allocator", config).start(bind)
+
+
+async def test_a_database_that_goes_away_during_the_start_is_a_start_up_error(
+    postgres_server: PostgresServer, identity_database: Callable[[], AbstractContextManager[str]]
+) -> None:
+    closed = []
+
+    async def bind(chassis: Chassis[Any], _: ServiceConfig) -> None:
+        async def close() -> None:
+            closed.append(True)
+
+        chassis.on_close("part", close)
+        raise DatabaseUnavailable("the database does not answer (ConnectionRefusedError)")
+
+    with identity_database() as name:
+        config = ServiceConfig.model_validate({"postgres": {"dsn": postgres_server.dsn(name)}})
+        with pytest.raises(StartupError, match=r"^the start lost the database .*: start again when it is back$"):
+            await Chassis("allocator", config).start(bind)
+    assert closed
 
 
 async def test_pending_migrations_are_a_start_up_error(postgres_server: PostgresServer) -> None:
