@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import platform
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
+import structlog
 
 from bench import table
 
@@ -59,6 +61,8 @@ def run(
     }
     plan = replace(quick if options.quick else full, **given)
     numbers = sorted({int(number) for number in options.rows.split(",")} if options.rows else rows)
+    # What the services' own code says while databases are made ready is not part of the report.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     print(f"Python {platform.python_version()}, grpcio {grpc.__version__}, {os.cpu_count()} CPUs; {plan}")
     if plan != full:
         print("Shorter than the full run: a look, not a measurement.")
