@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
+from alembic import command
 
-from services import migrations
 from services.errors import StartupError
 from services.migrations import SCHEMAS, migrate, pending
 from tests.support.postgres import PostgresServer
@@ -98,8 +98,8 @@ def test_counters_stand_when_their_tables_lose_their_unique_indexes(
 ) -> None:
     dsn = postgres_server.dsn(empty, "muster_allocator")
     with monkeypatch.context() as at_the_revision_before:
-        upgrade = migrations.command.upgrade
-        at_the_revision_before.setattr(migrations.command, "upgrade", lambda config, _: upgrade(config, "0002"))
+        upgrade = command.upgrade
+        at_the_revision_before.setattr(command, "upgrade", lambda config, _: upgrade(config, "0002"))
         migrate(SCHEMAS["allocator"], dsn)
     with psycopg.connect(dsn) as connection:
         connection.execute("SET search_path = allocator")
