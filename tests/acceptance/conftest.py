@@ -223,8 +223,15 @@ def _is_zombie(process: psutil.Process) -> bool:
 
 
 def _spawn(argv: list[str], out: IO[bytes], err: IO[bytes], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    # A group of its own, as a shell gives each command, so that Ctrl-C does not reach the tests.
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=dict(environ), process_group=0)
+    # A suite that runs under nohup ignores the end of its terminal, and so would what it starts.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        # A group of its own, as a shell gives each command, so that Ctrl-C does not reach the tests.
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=dict(environ), process_group=0
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class StartUp:
