@@ -7,6 +7,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -286,11 +287,11 @@ def _drained(bench: Bench) -> tuple[int, float]:
         The units handed out, and by how many seconds the first "no work" preceded a request that still got units.
     """
     small = stock.fill(processes.make_database(bench.postgres, "small"), _DRAIN_SLOTS, quota=_DRAIN_QUOTA, exits=0)
-    with (
-        servers.replica(small.dsn, bench.folder) as first,
-        servers.replica(small.dsn, bench.folder) as second,
-    ):
-        tally = bench.load("drain", [first, second], small.key, 30)
+    with contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor() as pool:
+            # At once, since each takes seconds to start.
+            both = list(pool.map(lambda _: stack.enter_context(servers.replica(small.dsn, bench.folder)), range(2)))
+        tally = bench.load("drain", both, small.key, 30)
     with psycopg.connect(small.dsn) as connection:
         row = connection.execute("SELECT count(*) FROM allocator.leases").fetchone()
     return (row[0] if row else 0), tally.last_grant - tally.first_no_work
