@@ -54,7 +54,11 @@ def run(
     parser.add_argument("--quick", action="store_true", help="under a minute: a look, not a measurement")
     parser.add_argument("--rows", default="", help="only these, such as 1,3")
     for each in fields(full):
-        parser.add_argument(f"--{each.name.replace('_', '-')}", type=int, help=f"full: {getattr(full, each.name)}")
+        parser.add_argument(
+            f"--{each.name.replace('_', '-')}",
+            type=type(getattr(full, each.name)),
+            help=f"full: {getattr(full, each.name)}",
+        )
     options = parser.parse_args()
     given: dict[str, Any] = {
         each.name: value for each in fields(full) if (value := getattr(options, each.name)) is not None

@@ -12,9 +12,9 @@ from bench.allocator.fleet import Fleet
 from bench.allocator.rows import ROWS, Bench, Plan
 
 FULL = Plan(
-    rounds=3, seconds=15, warm_seconds=2, decline_seconds=600, hold_seconds=300, many_slots=3_000_000, jobs=50_000
+    rounds=3, seconds=15, warm_seconds=2.0, decline_seconds=600, hold_seconds=300, many_slots=3_000_000, jobs=50_000
 )
-QUICK = Plan(rounds=1, seconds=1, warm_seconds=1, decline_seconds=0, hold_seconds=2, many_slots=60_000, jobs=5_000)
+QUICK = Plan(rounds=1, seconds=1, warm_seconds=0.5, decline_seconds=0, hold_seconds=1, many_slots=50_000, jobs=5_000)
 
 
 def _make(plan: Plan, folder: Path, stack: ExitStack) -> Bench:

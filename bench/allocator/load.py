@@ -160,8 +160,8 @@ class Client:
         call = connection.call(_STREAM)
         due: dict[int, float] = {}
         between = order.connections / order.rate
-        # Begins a second early, to be warm; only what is due within the window counts.
-        first = order.begin - 1.0 + number / order.rate
+        # Begins up to a second early, to be warm; only what is due within the window counts.
+        first = max(order.begin - 1.0, time.monotonic()) + number / order.rate
 
         async def read() -> None:
             while (answer := await call.read()) is not None:

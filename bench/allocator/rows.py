@@ -51,7 +51,7 @@ class Plan:
 
     rounds: int
     seconds: int
-    warm_seconds: int
+    warm_seconds: float
     decline_seconds: int
     hold_seconds: int
     many_slots: int
