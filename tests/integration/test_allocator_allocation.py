@@ -88,11 +88,7 @@ async def test_work_is_not_denied_while_another_transaction_holds_its_rows(alloc
             await transaction.start()
             await holder.fetch(f"SELECT FROM {table} FOR UPDATE")
             asked = asyncio.create_task(allocator.ask())
-
-            async def waits() -> bool:
-                return bool(await allocator.sql("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-
-            await until(waits)
+            await until(allocator.waits_for_a_lock)
             assert not asked.done()
             await transaction.commit()
             assert len((await asked).allocations) == 1

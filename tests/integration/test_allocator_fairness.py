@@ -138,11 +138,7 @@ async def test_a_busy_organization_does_not_hold_up_another(start_service: Start
         await transaction.start()
         await holder.fetch("SELECT FROM daily_work_tracking WHERE slot_id = $1 FOR UPDATE", uuid.UUID(slot.slot_id))
         backlog = [asyncio.create_task(allocator.take(256)) for _ in range(60)]
-
-        async def waits() -> bool:
-            return bool(await allocator.sql("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-
-        await until(waits)
+        await until(allocator.waits_for_a_lock)
         asked = asyncio.create_task(other.take(client="pc-2"))
 
         async def was_met() -> bool:

@@ -106,7 +106,7 @@ async def test_days_made_twice_at_once_have_one_row(allocator: Allocator) -> Non
         await transaction.start()
         await first.execute("SELECT track_slots($1, $2, $3)", *arguments)
         waiting = asyncio.create_task(second.execute("SELECT track_slots($1, $2, $3)", *arguments))
-        await until(lambda: _is_waiting(allocator))
+        await until(allocator.waits_for_a_lock)
         await first.execute("UPDATE work_slots SET daily_quota = 9 WHERE slot_id = $1", ids[0])
         await transaction.commit()
         await waiting
@@ -115,10 +115,6 @@ async def test_days_made_twice_at_once_have_one_row(allocator: Allocator) -> Non
         await second.close()
     rows = await allocator.sql("SELECT slot_id, quota FROM daily_work_tracking ORDER BY slot_id")
     assert [(row["slot_id"], row["quota"]) for row in rows] == [(ids[0], 9), (ids[1], 7), (ids[2], 7)]
-
-
-async def _is_waiting(allocator: Allocator) -> bool:
-    return bool(await allocator.sql("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
 
 
 @pytest.mark.parametrize("change", ["create", "resume"])

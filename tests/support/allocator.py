@@ -200,6 +200,10 @@ class Allocator:
         finally:
             await connection.close()
 
+    async def waits_for_a_lock(self) -> bool:
+        """Whether any session waits for another's lock."""
+        return bool(await self.sql("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
     async def run_out(self, *allocations: work_pb2.Allocation) -> None:
         """Lets leases run out, as time would."""
         keys = [uuid.UUID(allocation.allocation_key) for allocation in allocations]
