@@ -14,7 +14,7 @@ import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import psutil
@@ -86,7 +86,15 @@ class Command:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = _spawn([str(MUSTER), *arguments], out, err, environ)
+            # A group of its own, as a shell gives each command, so that Ctrl-C does not reach the tests.
+            self.process = subprocess.Popen(
+                [str(MUSTER), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=dict(environ),
+                process_group=0,
+            )
         self._seen: dict[int, psutil.Process] = {}
 
     @property
@@ -220,18 +228,6 @@ def _is_zombie(process: psutil.Process) -> bool:
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
-
-
-def _spawn(argv: list[str], out: IO[bytes], err: IO[bytes], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    # A suite that runs under nohup ignores the end of its terminal, and so would what it starts.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        # A group of its own, as a shell gives each command, so that Ctrl-C does not reach the tests.
-        return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=dict(environ), process_group=0
-        )
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 class StartUp:
