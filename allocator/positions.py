@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from uuid import UUID
 
 from services.errors import InvalidPageToken
@@ -29,8 +29,7 @@ def text_position(position: Position) -> str | None:
         (name,) = position
     except ValueError:
         raise _damaged() from None
-    # PostgreSQL's text cannot hold NUL.
-    if not isinstance(name, str) or "\x00" in name:
+    if not isinstance(name, str):
         raise _damaged()
     return name
 
@@ -44,8 +43,8 @@ def time_position(position: Position) -> tuple[datetime, UUID] | None:
         moment = datetime.fromisoformat(str(at))
         if moment.tzinfo is None:
             raise _damaged()
-        return moment, UUID(str(key))
-    except ValueError:
+        return moment.astimezone(UTC), UUID(str(key))
+    except (ValueError, OverflowError):
         raise _damaged() from None
 
 
@@ -79,7 +78,7 @@ def week_position(position: Position) -> tuple[date, str] | None:
         return None
     try:
         week, client_id = position
-        if not isinstance(client_id, str) or "\x00" in client_id:
+        if not isinstance(client_id, str):
             raise _damaged()
         return date.fromisoformat(str(week)), client_id
     except ValueError:

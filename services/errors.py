@@ -34,15 +34,35 @@ class FieldViolation:
     rule: str
 
 
+# Of all violations that are told together, in UTF-8. They travel in the call's trailers, of which gRPC takes 8 KiB for
+# sure: once as the message, which is three times as long where it is not ASCII, and once as details.
+_MOST_BYTES = 1024
+
+
 class InvalidField(DomainError):
-    """The request itself is wrong."""
+    """The request itself is wrong.
+
+    Args:
+        violations: The first of them, at least one. As many are told as fit into 1 KiB.
+        count: How many there are in all; by default those given.
+    """
 
     reason = "INVALID_FIELD"
 
-    def __init__(self, violations: list[FieldViolation]) -> None:
-        self.violations = violations
-        text = "; ".join(f"{violation.field}: {violation.rule}" for violation in violations)
-        super().__init__(text, fields=",".join(violation.field for violation in violations)[:512])
+    def __init__(self, violations: list[FieldViolation], count: int = 0) -> None:
+        count = max(count, len(violations))
+        self.violations: list[FieldViolation] = []
+        room = _MOST_BYTES
+        for violation in violations:
+            room -= len(violation.field.encode()) + len(violation.rule.encode())
+            if room < 0 and self.violations:
+                break
+            self.violations.append(violation)
+        told = [f"{violation.field}: {violation.rule}" for violation in self.violations]
+        if (more := count - len(told)) > 0:
+            told.append(f"and {more} more")
+        fields = ",".join(violation.field for violation in self.violations)
+        super().__init__("; ".join(told), fields=fields[:512])
 
 
 class InvalidApiKey(DomainError):

@@ -33,10 +33,17 @@ def decode(token: str, scope: str) -> list[str | int] | None:
         digest, *position = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
     except (ValueError, TypeError, binascii.Error, RecursionError):
         digest, position = "", []
-    if digest != _digest(scope) or not all(isinstance(part, str | int) for part in position):
+    if digest != _digest(scope) or not all(_may_stand(part) for part in position):
         raise InvalidPageToken("page_token was not given for this request: begin again without one")
     found: list[str | int] = position
     return found
+
+
+def _may_stand(part: object) -> bool:
+    # A token is no secret, so anybody may write one: what PostgreSQL's text cannot hold is of no key.
+    if isinstance(part, str):
+        return "\x00" not in part and not any("\ud800" <= letter <= "\udfff" for letter in part)
+    return isinstance(part, int)
 
 
 def _digest(scope: str) -> str:

@@ -17,25 +17,32 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.errors import FieldViolation, InvalidField
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9._:\-]+\Z")
+# date.fromisoformat also takes the dates of weeks, 2026-W01-4.
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}\Z", re.ASCII)
+# A batch of thousands may be wrong in all its fields: what is kept to be told is bounded, the rest is counted.
+_MOST_KEPT = 32
 # PostgreSQL's text cannot hold NUL, and control characters in names only serve to confuse logs and terminals.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Checks:
-    """Collects violations; `done` raises them all at once.
+    """Collects violations; `done` raises the first of them at once, with the number of all.
 
     Each check returns the usable value, or a harmless stand-in when the field is wrong, so that a servicer can check
     a whole request in one pass and use the values after `done`.
     """
 
-    __slots__ = ("_violations",)
+    __slots__ = ("_count", "_violations")
 
     def __init__(self) -> None:
+        self._count = 0
         self._violations: list[FieldViolation] = []
 
     def fail(self, field: str, rule: str) -> None:
         """Notes a violation."""
-        self._violations.append(FieldViolation(field, rule))
+        self._count += 1
+        if self._count <= _MOST_KEPT:
+            self._violations.append(FieldViolation(field, rule))
 
     def done(self) -> None:
         """Ends the checks.
@@ -44,7 +51,7 @@ class Checks:
             InvalidField: if any check failed.
         """
         if self._violations:
-            raise InvalidField(self._violations)
+            raise InvalidField(self._violations, self._count)
 
     def uuid(self, field: str, value: str, *, required: bool = True) -> UUID:
         """A UUID in its usual text form."""
@@ -128,7 +135,7 @@ class Checks:
                 self.fail(field, "required: a date YYYY-MM-DD")
             return None
         try:
-            if len(value) == 10 and (day := date.fromisoformat(value)).year >= 1970:
+            if _DAY.match(value) and (day := date.fromisoformat(value)).year >= 1970:
                 return day
         except ValueError:
             pass

@@ -11,7 +11,8 @@ from services.errors import InvalidPageToken
 
 # What a message of protobuf can hold: no lone surrogates.
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
-positions = st.lists(texts | st.integers(), max_size=4)
+keys = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=20)
+positions = st.lists(keys | st.integers(), max_size=4)
 
 
 @given(positions, texts)
@@ -31,6 +32,12 @@ def test_a_token_of_another_request_is_refused(position: list[str | int], scope:
 def test_any_other_text_is_refused(token: str) -> None:
     with pytest.raises(InvalidPageToken):
         pages.decode(token, "scope")
+
+
+@pytest.mark.parametrize("key", ["a\x00", "\ud800"])
+def test_a_key_that_no_database_holds_is_refused(key: str) -> None:
+    with pytest.raises(InvalidPageToken):
+        pages.decode(pages.encode([key], "scope"), "scope")
 
 
 def test_no_token_is_the_first_page() -> None:

@@ -59,6 +59,8 @@ def test_good_values_pass(method: str, arguments: tuple[Any, ...], keywords: dic
         ("day", ("f", "2023-02-29"), {}, "date"),
         ("day", ("f", "20240229"), {}, "date"),
         ("day", ("f", "0001-01-01"), {}, "date"),
+        ("day", ("f", "2026-W01-4"), {}, "date"),
+        ("day", ("f", "\u0662026-01-01"), {}, "date"),
         ("address", ("f", "1.2.3"), {}, "IPv4"),
         ("json_object", ("f", "[1]"), {"max_bytes": 100}, "object"),
         ("json_object", ("f", '{"a": NaN}'), {"max_bytes": 100}, "NaN"),
@@ -85,6 +87,24 @@ def test_all_violations_are_told_at_once() -> None:
     check.uuid("a", "x")
     check.number("b", 9, least=0, most=1)
     assert [field for field, _ in violations(check)] == ["a", "b"]
+
+
+def test_of_very_many_violations_the_first_are_told_and_the_rest_counted() -> None:
+    check = Checks()
+    for place in range(100_000):
+        check.identifier(f"노트북[{place}].endpoint", "a b")
+    with pytest.raises(InvalidField) as caught:
+        check.done()
+    told = caught.value.violations
+    assert told[0].field == "노트북[0].endpoint"
+    assert caught.value.message.endswith(f"; and {100_000 - len(told)} more")
+    assert len(caught.value.message.encode()) < 1500
+
+
+def test_one_violation_is_told_however_long_it_is() -> None:
+    check = Checks()
+    check.fail("f", "x" * 2000)
+    assert violations(check) == [("f", "x" * 2000)]
 
 
 def test_durations_and_moments() -> None:
