@@ -33,8 +33,8 @@ class QuarantineStore:
         self._database = database
 
     async def page(
-        self, organization_id: UUID, slot_id: UUID | None, after: UUID | None, size: int
-    ) -> list[QuarantinedResult]:
+        self, organization_id: UUID, slot_id: UUID | None, after: UUID | None, size: int, most_bytes: int
+    ) -> tuple[list[QuarantinedResult], bool]:
         """Returns results by allocation key, which is by the time when their units were handed out, the oldest first.
 
         Args:
@@ -42,12 +42,17 @@ class QuarantineStore:
             slot_id: Only of this slot; None for any.
             after: The allocation key after which the page begins; None for the first page.
             size: The most results.
+            most_bytes: Of their texts; one result is shown however large it is.
+
+        Returns:
+            The results, and whether there may be more.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-        rows = await self._database.fetch(_SQL["page_of_quarantine"], organization_id, slot_id, after, size)
-        return [QuarantinedResult(**row) for row in rows]
+        rows = await self._database.fetch(_SQL["page_of_quarantine"], organization_id, slot_id, after, size, most_bytes)
+        more = len(rows) == size or bool(rows and len(rows) < rows[0]["found"])
+        return [QuarantinedResult(*(row[name] for name in QuarantinedResult.__slots__)) for row in rows], more
 
     async def accept(
         self, connection: Connection, organization_id: UUID, keys: Sequence[UUID]

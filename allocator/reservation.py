@@ -225,6 +225,7 @@ async def _reserve_exits(
         [exit_.exit_id for exit_ in exits],
         [uses[exit_.exit_id] for exit_ in exits],
         [exit_.place for exit_ in exits],
+        [exit_.region for exit_ in exits],
     )
     found = {row["exit_id"]: row for row in rows}
     for exit_ in exits:

@@ -95,9 +95,10 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         organization_id = (await self._clients.caller()).organization_id
         scope = f"ListSlots {organization_id} {wanted}"
         after = uuid_position(pages.decode(request.page_token, scope))
-        slots = await self._store.page(organization_id, after, size, wanted)
-        token = pages.encode([str(slots[-1].slot_id)], scope) if len(slots) == size else ""
-        return slot_pb2.ListSlotsResponse(slots=[_message(slot) for slot in slots], next_page_token=token)
+        slots = [_message(slot) for slot in await self._store.page(organization_id, after, size, wanted)]
+        shown = pages.fitting(slots)
+        token = pages.encode([shown[-1].slot_id], scope) if len(slots) == size or len(shown) < len(slots) else ""
+        return slot_pb2.ListSlotsResponse(slots=shown, next_page_token=token)
 
     async def UpdateSlot(self, request: slot_pb2.UpdateSlotRequest, context: Context) -> slot_pb2.UpdateSlotResponse:
         """Changes a slot."""
@@ -219,11 +220,8 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
         scope = f"ListSlotHistory {organization_id} {slot_id}"
         before = time_position(pages.decode(request.page_token, scope))
         changes = await self._store.history(organization_id, slot_id, before, size)
-        token = ""
-        if len(changes) == size:
-            token = pages.encode([changes[-1].changed_at.isoformat(), str(changes[-1].change_id)], scope)
-        return slot_pb2.ListSlotHistoryResponse(
-            changes=[
+        shown = pages.fitting(
+            [
                 slot_pb2.SlotChange(
                     changed_at=moment(change.changed_at),
                     actor=change.actor,
@@ -231,9 +229,13 @@ class SlotServicer(slot_pb2_grpc.SlotServiceServicer):
                     difference_json=change.difference,
                 )
                 for change in changes
-            ],
-            next_page_token=token,
+            ]
         )
+        token = ""
+        if len(changes) == size or len(shown) < len(changes):
+            last = changes[len(shown) - 1]
+            token = pages.encode([last.changed_at.isoformat(), str(last.change_id)], scope)
+        return slot_pb2.ListSlotHistoryResponse(changes=shown, next_page_token=token)
 
     def _outdate(self, organization_id: UUID) -> None:
         self._availability.outdate(organization_id)

@@ -167,7 +167,7 @@ async def _create(
     for slot_id, spec, digest in zip(ids, specs, digests, strict=True):
         if slot_id in made:
             answers.append((slot_id, True))
-        elif (slot := standing[spec.external_id]).answers(spec, digest):
+        elif (slot := standing[spec.external_id]).answers(digest):
             answers.append((slot.slot_id, False))
         else:
             answers.append((SlotExists(spec.external_id, slot.slot_id), False))

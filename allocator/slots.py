@@ -139,9 +139,10 @@ class Slot:
         """The version as callers see it."""
         return str(self.version)
 
-    def answers(self, spec: SlotSpec, sha256: bytes) -> bool:
-        """Whether asking for `spec`, of this digest, asks for this slot: it was made so, or is so by now."""
-        return sha256 == self.spec_sha256 or spec == self.spec
+    def answers(self, sha256: bytes) -> bool:
+        """Whether asking for a spec of this digest asks for this slot: it was made so, or is so by now."""
+        # By digests, since 1 == 1.0 == True.
+        return sha256 in (self.spec_sha256, self.spec.sha256())
 
 
 @dataclass(frozen=True, slots=True)

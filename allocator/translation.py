@@ -38,9 +38,12 @@ def moment(value: datetime | None) -> Timestamp | None:
 
 def item_error(error: DomainError) -> work_pb2.ItemError:
     """Returns the refusal of one item of a batch."""
-    return work_pb2.ItemError(
+    refusal = work_pb2.ItemError(
         code=code_number(error.reason), reason=error.reason, message=error.message, metadata=error.metadata
     )
+    if error.retry_after_seconds is not None:
+        refusal.retry_after.FromNanoseconds(int(error.retry_after_seconds * 1e9))
+    return refusal
 
 
 def client_identity(checks: Checks, owner: Any, context: Context) -> ClientIdentity:

@@ -26,7 +26,7 @@ from allocator.translation import (
     moment,
     no_work_message,
 )
-from services.errors import DomainError, InvalidField
+from services.errors import DomainError, Draining, InvalidField
 from services.status import Context
 from services.validate import Checks
 from services.varints import varint
@@ -160,8 +160,6 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
                     task = asyncio.create_task(answer(request))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
-                    if self._draining.is_set():
-                        break
             except Exception as error:
                 await answers.put(error)
                 return
@@ -190,7 +188,7 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         reader.cancel()
         if tasks:
             await asyncio.wait(set(tasks))
-        await answers.put(None)
+        await answers.put(Draining("the service is stopping: open the stream again", retry_after_seconds=1.0))
 
     async def _answer(self, request: work_pb2.WorkStreamRequest, context: Context) -> _Answer:
         """Returns the answer to one call of the stream. Raises: InvalidField, which ends it."""

@@ -99,8 +99,9 @@ class PersonaServicer(persona_pb2_grpc.PersonaServiceServicer):
         narrowed = Filter(status, request.region, request.tag)
         # One more than asked for tells whether there is another page.
         found = list(await self._personas.list(organization, narrowed, after, size + 1))
-        token = pages.encode([str(found[size - 1].persona_id)], scope) if len(found) > size else ""
-        return persona_pb2.ListPersonasResponse(personas=map(persona_message, found[:size]), next_page_token=token)
+        shown = pages.fitting([persona_message(persona) for persona in found[:size]])
+        token = pages.encode([shown[-1].persona_id], scope) if len(found) > len(shown) else ""
+        return persona_pb2.ListPersonasResponse(personas=shown, next_page_token=token)
 
     async def SetPersonaStatus(
         self, request: persona_pb2.SetPersonaStatusRequest, context: Context

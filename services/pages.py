@@ -1,4 +1,4 @@
-"""Page tokens: the last key of a page, bound to the request it belongs to."""
+"""Pages of lists: how much goes into one, and tokens of their last key, bound to the request they belong to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,27 @@ import base64
 import binascii
 import hashlib
 import json
+from collections.abc import Sequence
+from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from services.errors import InvalidPageToken
+
+# gRPC's clients take 4 MiB a message unless they are told otherwise. A single row may be larger.
+MOST_BYTES = 3 * 2**20
+
+Row = TypeVar("Row", bound=Message)
+
+
+def fitting(rows: Sequence[Row]) -> Sequence[Row]:
+    """Returns the first rows of a page, at least one, that fit into a message; the next page begins after them."""
+    size = 0
+    for number, row in enumerate(rows):
+        size += row.ByteSize()
+        if size > MOST_BYTES and number:
+            return rows[:number]
+    return rows
 
 
 def encode(position: list[str | int], scope: str) -> str:

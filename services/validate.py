@@ -175,12 +175,15 @@ class Checks:
         return None
 
     def address(self, field: str, value: str) -> str:
-        """An IPv4 or IPv6 address, or nothing."""
+        """An IPv4 or IPv6 address without a scope, or nothing."""
         if value:
             try:
-                return str(ipaddress.ip_address(value))
+                # A scope, fe80::1%eth0, is of one machine's own and may be any text.
+                if "%" not in value:
+                    return str(ipaddress.ip_address(value))
             except ValueError:
-                self.fail(field, "must be an IPv4 or IPv6 address")
+                pass
+            self.fail(field, "must be an IPv4 or IPv6 address without a scope")
         return value
 
     def json_object(self, field: str, value: str | bytes, *, max_bytes: int, required: bool = False) -> dict[str, Any]:

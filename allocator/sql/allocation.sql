@@ -189,28 +189,29 @@ WHERE t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = u.slot_id;
 
 -- name: reserve_exits
 -- Takes up to the asked uses of each exit, as many as its cap leaves, under row locks in key order; the predicates are
--- those of exits_now, and the first use after a window has ended begins the next. A row is looked for where it was last
--- seen, so that versions which nobody may remove yet are not walked through, and else by the index. $1 organization,
--- $2 exits, $3 uses, $4 places, each NULL when not known. Index: exits_exit_id. What a constraint looks at is set from the
--- locked row, as in reserve_slots.
+-- those of exits_now, and the first use after a window has ended begins the next; an exit that has moved to another region
+-- since it was proposed gives none. A row is looked for where it was last seen, so that versions which nobody may remove
+-- yet are not walked through, and else by the index. $1 organization, $2 exits, $3 uses, $4 places, each NULL when not
+-- known, $5 regions. Index: exits_exit_id. What a constraint looks at is set from the locked row, as in reserve_slots.
 WITH granted AS MATERIALIZED (
   SELECT u.exit_id, l.place, l.is_there, l.cap, l.cap_mode, l.window_seconds, c.counted,
     least(u.uses, l.cap - c.counted) AS uses, l.toggle_epoch + w.restarts::integer AS toggle_epoch,
     CASE WHEN w.restarts THEN now() + l.window_seconds * interval '1 second' ELSE l.window_ends_at END AS window_ends_at
   FROM (
-    SELECT a.exit_id, a.uses, a.place FROM unnest($2::uuid[], $3::integer[], $4::tid[]) AS a (exit_id, uses, place)
+    SELECT a.exit_id, a.uses, a.place, a.region
+    FROM unnest($2::uuid[], $3::integer[], $4::tid[], $5::text[]) AS a (exit_id, uses, place, region)
     ORDER BY a.exit_id
   ) u
   CROSS JOIN LATERAL (
     SELECT * FROM (
-      SELECT e.ctid AS place, true AS is_there, e.enabled, e.cap, e.use_count, e.cap_mode, e.toggle_epoch,
+      SELECT e.ctid AS place, true AS is_there, e.enabled, e.region, e.cap, e.use_count, e.cap_mode, e.toggle_epoch,
         e.window_seconds, e.window_ends_at
       FROM exits e
       WHERE e.ctid = u.place AND e.exit_id = u.exit_id AND e.organization_id = $1
       FOR UPDATE) there
     UNION ALL
     SELECT * FROM (
-      SELECT e.ctid, false, e.enabled, e.cap, e.use_count, e.cap_mode, e.toggle_epoch, e.window_seconds,
+      SELECT e.ctid, false, e.enabled, e.region, e.cap, e.use_count, e.cap_mode, e.toggle_epoch, e.window_seconds,
         e.window_ends_at
       FROM exits e
       WHERE e.exit_id = u.exit_id AND e.organization_id = $1
@@ -219,7 +220,7 @@ WITH granted AS MATERIALIZED (
   ) l
   CROSS JOIN LATERAL (SELECT l.cap_mode = 3 AND l.window_ends_at <= now() AS restarts) w
   CROSS JOIN LATERAL (SELECT CASE WHEN w.restarts THEN 0 ELSE l.use_count END AS counted) c
-  WHERE l.enabled
+  WHERE l.enabled AND l.region = u.region
 ), there AS (
   UPDATE exits e
   SET use_count = g.counted + g.uses, cap = g.cap, cap_mode = g.cap_mode, window_seconds = g.window_seconds,

@@ -1,12 +1,25 @@
 -- Results in quarantine, and what becomes of them. All are bound to one organization.
 
 -- name: page_of_quarantine
--- $1 organization, $2 slot or NULL, $3 the key after which the page begins or NULL, $4 size. Index: primary key.
-SELECT allocation_key, slot_id, work_date, client_id, quarantined_at, (result ->> 'status')::integer AS status,
-  jsonb_array_length(result -> 'products') AS products, result::text AS result
-FROM quarantined_results
-WHERE organization_id = $1 AND ($2::uuid IS NULL OR slot_id = $2) AND ($3::uuid IS NULL OR allocation_key > $3)
-ORDER BY allocation_key LIMIT $4;
+-- Of a page the first results whose texts have at most so many bytes together, and one at least; `found` is how many the
+-- page would have. $1 organization, $2 slot or NULL, $3 the key after which the page begins or NULL, $4 size, $5 bytes.
+-- Index: primary key.
+WITH sized AS (
+  SELECT allocation_key, octet_length(result::text) AS bytes
+  FROM quarantined_results
+  WHERE organization_id = $1 AND ($2::uuid IS NULL OR slot_id = $2) AND ($3::uuid IS NULL OR allocation_key > $3)
+  ORDER BY allocation_key LIMIT $4
+), summed AS (
+  SELECT allocation_key, sum(bytes) OVER (ORDER BY allocation_key) AS bytes,
+    row_number() OVER (ORDER BY allocation_key) AS number, count(*) OVER () AS found
+  FROM sized
+)
+SELECT q.allocation_key, q.slot_id, q.work_date, q.client_id, q.quarantined_at,
+  (q.result ->> 'status')::integer AS status, jsonb_array_length(q.result -> 'products') AS products,
+  q.result::text AS result, s.found
+FROM summed s JOIN quarantined_results q ON q.organization_id = $1 AND q.allocation_key = s.allocation_key
+WHERE s.bytes <= $5 OR s.number = 1
+ORDER BY q.allocation_key;
 
 -- name: lock_quarantine
 -- Locks results in key order. $1 organization, $2 keys. Index: primary key.

@@ -247,8 +247,8 @@ class Replicas:
 
 
 def _free_port() -> int:
-    # Below what a connection is given as its own end: of all that call a replica that is away, one would sooner or later
-    # be given the very port it calls, connect to itself, and keep the replica from its port.
+    # Below what a connection is given as its own end: of all that call a replica that is away, one would sooner or
+    # later be given the very port it calls, connect to itself, and keep the replica from its port.
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as free, contextlib.suppress(OSError):
             free.bind(("127.0.0.1", port))

@@ -288,7 +288,9 @@ async def test_the_stream_carries_every_call_and_ends_at_a_malformed_one(allocat
     await allocator.check_invariants()
 
 
-async def test_open_streams_end_when_the_service_drains(start_service: StartService) -> None:
+async def test_a_stream_of_a_service_that_drains_answers_what_was_begun_and_says_why_it_ends(
+    start_service: StartService,
+) -> None:
     allocator = await Allocator.of(await start_service("allocator"))
     await allocator.slot()
     stream = allocator.work.WorkStream(metadata=allocator.worker)
@@ -299,6 +301,22 @@ async def test_open_streams_end_when_the_service_drains(start_service: StartServ
     response = await stream.read()
     assert isinstance(response, work_pb2.WorkStreamResponse)
     assert len(response.allocate.allocations) == 1
-    allocator.service.chassis.draining.set()
-    assert await asyncio.wait_for(stream.read(), 5) is grpc.aio.EOF
-    assert await stream.code() is grpc.StatusCode.OK
+    request.request_id = str(uuid.uuid4())
+    holder = await allocator.connect()
+    try:
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.fetch("SELECT FROM daily_work_tracking FOR UPDATE")
+        await stream.write(work_pb2.WorkStreamRequest(sequence=2, allocate=request))
+        await until(allocator.waits_for_a_lock)
+        allocator.service.chassis.draining.set()
+        await transaction.commit()
+    finally:
+        await holder.close()
+    response = await asyncio.wait_for(stream.read(), 5)
+    assert isinstance(response, work_pb2.WorkStreamResponse)
+    assert (response.sequence, len(response.allocate.allocations)) == (2, 1)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await asyncio.wait_for(stream.read(), 5)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "the service is stopping" in str(refused.value.details())

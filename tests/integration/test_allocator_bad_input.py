@@ -217,6 +217,17 @@ async def test_every_method_asks_for_a_key_and_its_role(allocator: Allocator) ->
             assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED, method
 
 
+async def test_a_request_that_is_wrong_all_over_is_told_the_first_fields(allocator: Allocator) -> None:
+    # What an operator's list without schemes is; all of it would be more than a call's trailers carry.
+    specs = [exit_pb2.ExitSpec(endpoint=f"10.0.{n // 250}.{n % 250}:3128") for n in range(500)]
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await allocator.exits.ImportExits(exit_pb2.ImportExitsRequest(exits=specs), metadata=allocator.operator)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    reason, fields = _info(refused.value)
+    assert (reason, fields[:2]) == ("INVALID_FIELD", ["exits[0].endpoint", "exits[1].endpoint"])
+    assert str(refused.value.details()).endswith(f"and {500 - len(fields)} more")
+
+
 async def test_a_call_without_time_is_not_begun(allocator: Allocator) -> None:
     await allocator.slot()
     request = work_pb2.AllocateWorkRequest(

@@ -64,6 +64,22 @@ async def afresh(allocator: Allocator) -> None:
     await allocator.sql("DELETE FROM exits")
 
 
+async def test_an_exit_that_moved_meanwhile_serves_nobody_who_wants_its_old_region(allocator: Allocator) -> None:
+    await allocator.slot(without_exit=False, exit_region="kr", daily_quota=10)
+    (exit_,) = await allocator.add_exits(1, region="kr")
+    (unit,) = await allocator.take()
+    assert unit.exit.region == "kr"
+    # As another replica imports it, of which this one does not know for some seconds.
+    await allocator.sql("UPDATE exits SET region = 'jp'")
+    answer = await allocator.ask()
+    assert (len(answer.allocations), answer.no_work.blocker) == (0, work_pb2.BLOCKER_KIND_NO_EXIT)
+    assert (await only_exit(allocator)).use_count == 1
+    await allocator.slot(without_exit=False, exit_region="jp")
+    (unit,) = await allocator.take()
+    assert (unit.exit.exit_id, unit.exit.region) == (exit_.exit_id, "jp")
+    await check_exits(allocator)
+
+
 async def test_a_spec_comes_back_as_it_was_given(allocator: Allocator) -> None:
     for mode in MODES.values():
         (exit_,) = await allocator.add_exits(1, cap=7, region="kr", **mode)

@@ -164,15 +164,16 @@ async def test_an_exit_is_found_where_it_was_last_seen_and_else_by_its_key(alloc
     statement = queries("allocator", "allocation.sql")["reserve_exits"]
     rows = await door.fetch("SELECT exit_id, ctid FROM exits ORDER BY exit_id LIMIT 64")
     ids, places = [row["exit_id"] for row in rows], [row["ctid"] for row in rows]
-    nodes = await _plan(door, statement, organization_id, ids, [2] * 64, places)
+    nodes = await _plan(door, statement, organization_id, ids, [2] * 64, places, [""] * 64)
     assert _read(nodes, "exits")[0] == {"Tid Scan"}
     # One has moved, of one nothing is known, and one place is another exit's by now.
     await door.execute("UPDATE exits SET region = 'kr' WHERE exit_id = $1", ids[0])
-    asked = [ids[0], ids[1], ids[2]]
-    reserved = await door.fetch(statement, organization_id, asked, [2, 3, 4], [places[0], None, places[5]])
+    asked, regions = [ids[0], ids[1], ids[2]], ["kr", "", ""]
+    reserved = await door.fetch(statement, organization_id, asked, [2, 3, 4], [places[0], None, places[5]], regions)
     assert {row["exit_id"]: row["uses"] for row in reserved} == {ids[0]: 2, ids[1]: 3, ids[2]: 4}
     again = {row["exit_id"]: row["ctid"] for row in reserved}
-    reserved = await door.fetch(statement, organization_id, asked, [1, 1, 99], [again[exit_id] for exit_id in asked])
+    places = [again[exit_id] for exit_id in asked]
+    reserved = await door.fetch(statement, organization_id, asked, [1, 1, 99], places, regions)
     assert {row["exit_id"]: row["uses"] for row in reserved} == {ids[0]: 1, ids[1]: 1, ids[2]: 96}
     counts = await door.fetch("SELECT exit_id, use_count FROM exits WHERE exit_id = ANY ($1)", asked)
     assert {row["exit_id"]: row["use_count"] for row in counts} == {ids[0]: 3, ids[1]: 4, ids[2]: 100}

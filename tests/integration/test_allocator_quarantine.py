@@ -12,10 +12,13 @@ from google.protobuf.duration_pb2 import Duration
 from muster.allocator.v1 import work_pb2
 
 from allocator.errors import QuarantinedResultNotFound
+from allocator.quarantine import QuarantinedResult
 from allocator.quarantine_store import QuarantineStore
+from services import pages
 from services.config import PostgresConfig
 from services.errors import DomainError
 from services.postgres import Database
+from tests.support.acts import Office
 from tests.support.allocator import Allocator, result
 from tests.support.services import StartService
 
@@ -42,6 +45,13 @@ class House:
             answers = await getattr(self.store, act)(connection, self.organization_id, keys)
             await (transaction.rollback() if undo else transaction.commit())
         return [answers[key] for key in keys]
+
+    async def page(
+        self, slot_id: uuid.UUID | None = None, after: uuid.UUID | None = None, size: int = 10
+    ) -> list[QuarantinedResult]:
+        """Returns a page of what is in quarantine."""
+        found, _ = await self.store.page(self.organization_id, slot_id, after, size, pages.MOST_BYTES)
+        return found
 
     async def too_late(self, count: int, slot_id: str, **values: Any) -> list[work_pb2.Allocation]:
         """Units whose leases ran out, whose day was used up by others, and whose results came then."""
@@ -171,7 +181,7 @@ async def test_an_act_that_is_rolled_back_answers_alike_and_changes_nothing(hous
     before = await house.allocator.tracking(slot.slot_id)
     assert await house.settle(act, units, undo=True) == [None]
     assert await house.allocator.tracking(slot.slot_id) == before
-    assert len(await house.store.page(house.organization_id, None, None, 10)) == 1
+    assert len(await house.page()) == 1
     assert not await house.allocator.sql("SELECT FROM work_results")
     assert await house.settle(act, units) == [None]
     await house.allocator.check_invariants()
@@ -181,16 +191,40 @@ async def test_results_are_paged_oldest_first_within_their_organization(house: H
     slot = await house.allocator.slot(daily_quota=3)
     units = await house.too_late(3, slot.slot_id, outcome=3)
     keys = sorted(uuid.UUID(unit.allocation_key) for unit in units)
-    first = await house.store.page(house.organization_id, uuid.UUID(slot.slot_id), None, 2)
-    rest = await house.store.page(house.organization_id, None, first[-1].allocation_key, 2)
+    first = await house.page(uuid.UUID(slot.slot_id), size=2)
+    rest = await house.page(after=first[-1].allocation_key, size=2)
     assert [entry.allocation_key for entry in (*first, *rest)] == keys
     assert (first[0].status, first[0].products, first[0].client_id) == (4, 0, "pc-1")
     assert json.loads(first[0].result)["block_type"] == "captcha"
     assert units[0].lease_token.hex() not in first[0].result.replace("-", "")
-    assert not await house.store.page(house.organization_id, uuid.uuid4(), None, 2)
-    assert not await house.store.page(uuid.uuid4(), None, None, 2)
+    assert not await house.page(uuid.uuid4())
     stranger = House(house.allocator, house.database, uuid.uuid4())
+    assert not await stranger.page()
     assert all(isinstance(answer, QuarantinedResultNotFound) for answer in await stranger.settle("accept", units))
+
+
+async def test_a_page_ends_before_its_results_are_more_than_a_message_holds(house: House) -> None:
+    slot = await house.allocator.slot(daily_quota=4)
+    units = await house.too_late(4, slot.slot_id)
+    keys = sorted(uuid.UUID(unit.allocation_key) for unit in units)
+    sizes = (1_000_000, 1_500_000, 3_500_000, 1)
+    for key, size in zip(keys, sizes, strict=True):
+        await house.allocator.sql(
+            "UPDATE quarantined_results SET result = result || jsonb_build_object('error_message', repeat('x', $2)) "
+            "WHERE allocation_key = $1",
+            key,
+            size,
+        )
+    office = await Office.of(house.allocator)
+    found, token = [], ""
+    while True:
+        page = await office.quarantined(page_token=token)
+        found.append([uuid.UUID(result.allocation_key) for result in page.results])
+        token = page.next_page_token
+        if not token:
+            break
+    # The third is larger than a page by itself, and comes all the same.
+    assert found == [keys[:2], keys[2:3], keys[3:]]
 
 
 async def test_a_result_whose_allocation_the_archive_has_taken_can_still_be_accepted(house: House) -> None:

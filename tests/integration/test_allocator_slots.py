@@ -231,6 +231,41 @@ async def test_lists_are_filtered_by_all_that_is_named_and_page_on(allocator: Al
     assert await keywords(code="c0", keyword_prefix="k4", is_active=True) == ["k4"]
 
 
+async def test_a_page_of_slots_ends_before_it_is_more_than_a_message_holds(allocator: Allocator) -> None:
+    settings = {f"s{n}": work_pb2.SettingValue(string_value="x" * 1000) for n in range(15)}
+    slot = await allocator.slot(settings=settings)
+    await allocator.sql(
+        """INSERT INTO work_slots (slot_id, organization_id, keyword, code, target, start_date, end_date, daily_quota,
+          settings, is_active, priority, weight, without_exit, spec_sha256, class_id)
+        SELECT gen_random_uuid(), organization_id, keyword, code, target, start_date, end_date, daily_quota, settings,
+          is_active, priority, weight, without_exit, spec_sha256, class_id FROM work_slots, generate_series(1, 500)"""
+    )
+    sizes, found, token = [], set(), ""
+    while True:
+        request = slot_pb2.ListSlotsRequest(page_size=1000, page_token=token)
+        page = await allocator.slots.ListSlots(request, metadata=allocator.operator)
+        sizes.append(page.ByteSize())
+        found |= {slot.slot_id for slot in page.slots}
+        token = page.next_page_token
+        if not token:
+            break
+    assert len(found) == 501
+    assert slot.slot_id in found
+    assert len(sizes) > 1
+    # What a gRPC client of any language takes by default.
+    assert max(sizes) < 4 * 2**20
+
+
+async def test_a_setting_of_another_type_is_another_slot(allocator: Allocator) -> None:
+    one = {"n": work_pb2.SettingValue(int_value=1)}
+    slot = await allocator.slot(external_id="site-1", settings=one)
+    assert (await allocator.slot(external_id="site-1", settings=one)).slot_id == slot.slot_id
+    for other in (work_pb2.SettingValue(bool_value=True), work_pb2.SettingValue(double_value=1.0)):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await allocator.slot(external_id="site-1", settings={"n": other})
+        assert refused.value.code() is grpc.StatusCode.ALREADY_EXISTS
+
+
 async def test_lists_by_code_and_external_id_read_only_their_rows(allocator: Allocator) -> None:
     organization_id = await allocator.service.organization_id()
     await allocator.slot()

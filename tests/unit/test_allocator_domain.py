@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import uuid
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import pytest
 import uuid_utils.compat as uuids
 
 from allocator.app import CONFIG
+from allocator.errors import SlotNotFound
 from allocator.leases import work_dates
 from allocator.packages import Demand, Package, Task, Terms
 from allocator.slots import PersonaNeed, SlotSpec, changed
+from allocator.translation import item_error
 from services.config import load
-from services.errors import StartupError
+from services.errors import Overloaded, StartupError
 
 SPEC = SlotSpec("laptop", date(2024, 1, 1), date(2024, 1, 31), 100)
 
@@ -22,6 +24,13 @@ def test_a_key_names_the_days_around_its_time() -> None:
     moment = datetime(2026, 2, 28, 23, 59, tzinfo=UTC)
     key = uuids.uuid7(nanoseconds=int(moment.timestamp()) * 10**9)
     assert work_dates([key, key]) == [date(2026, 2, 27), date(2026, 2, 28), date(2026, 3, 1)]
+
+
+def test_the_refusal_of_an_item_says_when_to_come_back() -> None:
+    full = item_error(Overloaded("the queue is full", retry_after_seconds=0.25, queue="submit"))
+    assert full.retry_after.ToTimedelta() == timedelta(milliseconds=250)
+    assert (full.reason, dict(full.metadata)) == ("OVERLOADED", {"queue": "submit"})
+    assert not item_error(SlotNotFound(uuid.UUID(int=1))).HasField("retry_after")
 
 
 @pytest.mark.parametrize("key", [uuid.UUID(int=0), uuid.UUID(int=2**128 - 1), uuid.UUID(int=253_402_300_799_999 << 80)])

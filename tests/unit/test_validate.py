@@ -62,6 +62,8 @@ def test_good_values_pass(method: str, arguments: tuple[Any, ...], keywords: dic
         ("day", ("f", "2026-W01-4"), {}, "date"),
         ("day", ("f", "\u0662026-01-01"), {}, "date"),
         ("address", ("f", "1.2.3"), {}, "IPv4"),
+        ("address", ("f", "fe80::1%eth0"), {}, "scope"),
+        ("address", ("f", "fe80::1%\x00"), {}, "scope"),
         ("json_object", ("f", "[1]"), {"max_bytes": 100}, "object"),
         ("json_object", ("f", '{"a": NaN}'), {"max_bytes": 100}, "NaN"),
         ("json_object", ("f", "[" * 100_000), {"max_bytes": 10**6}, "JSON"),
