@@ -37,6 +37,21 @@ class ExitNotFound(DomainError):
         super().__init__(f"there is no exit {exit_id}", exit_id=str(exit_id))
 
 
+class ExitInUse(DomainError):
+    """The exit is enabled, or live leases have it."""
+
+    reason = "EXIT_IN_USE"
+
+    def __init__(self, exit_id: UUID, *, enabled: bool, leases: int) -> None:
+        mend = "disable it first" if enabled else f"{leases} live lease(s) have it: wait until they have ended"
+        super().__init__(
+            f"the exit {exit_id} is in use: {mend}",
+            exit_id=str(exit_id),
+            enabled=str(enabled).lower(),
+            leases=str(leases),
+        )
+
+
 class ExitLimitReached(DomainError):
     """The organization holds as many exits as it may."""
 

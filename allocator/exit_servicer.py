@@ -95,6 +95,16 @@ class ExitServicer(exit_pb2_grpc.ExitServiceServicer):
         self._availability.outdate(principal.organization_id)
         return exit_pb2.SetExitEnabledResponse(exit=_message(exit_))
 
+    async def DeleteExit(self, request: exit_pb2.DeleteExitRequest, context: Context) -> exit_pb2.DeleteExitResponse:
+        """Forgets an exit."""
+        checks = Checks()
+        exit_id = checks.uuid("exit_id", request.exit_id)
+        checks.done()
+        principal = await self._clients.caller()
+        deleted = await self._store.delete(principal.organization_id, exit_id)
+        self._availability.outdate(principal.organization_id)
+        return exit_pb2.DeleteExitResponse(deleted=deleted)
+
     async def ToggleExit(self, request: exit_pb2.ToggleExitRequest, context: Context) -> exit_pb2.ToggleExitResponse:
         """Starts an exit's count afresh."""
         checks = Checks()

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import uuid_utils.compat as uuids
 
-from allocator.errors import ExitLimitReached, ExitNotFound
+from allocator.errors import ExitInUse, ExitLimitReached, ExitNotFound
 from allocator.exits import CapMode, Exit, ExitSpec, ExitToggle
 from allocator.store import Store
 from services import requests
@@ -85,6 +85,28 @@ class ExitStore(Store):
         async def work(connection: Connection) -> Exit:
             await connection.execute(_SQL["set_exit_enabled"], organization_id, exit_id, enabled)
             return await _exit(connection, organization_id, exit_id)
+
+        return await self.atomically(work)
+
+    async def delete(self, organization_id: UUID, exit_id: UUID) -> bool:
+        """Forgets an exit with its health; its toggles stay. Returns whether there was one.
+
+        Raises:
+            ExitInUse: it is enabled, or live leases have it.
+        """
+
+        async def work(connection: Connection) -> bool:
+            # Against an import that counts it, or takes it for standing.
+            await connection.execute(_SQL["lock_exit_imports"], organization_id)
+            enabled = await connection.fetchval(_SQL["lock_exit"], organization_id, exit_id)
+            if enabled is None:
+                return False
+            # Nobody reserves a disabled exit that is locked, so the count only falls.
+            leases = await connection.fetchval(_SQL["count_leases_of_exit"], organization_id, exit_id)
+            if enabled or leases:
+                raise ExitInUse(exit_id, enabled=enabled, leases=leases)
+            await connection.execute(_SQL["delete_exit"], organization_id, exit_id)
+            return True
 
         return await self.atomically(work)
 

@@ -34,6 +34,7 @@ _CODES: dict[str, grpc.StatusCode] = {
     "SLOT_NOT_FOUND": grpc.StatusCode.NOT_FOUND,
     "SLOT_EXISTS": grpc.StatusCode.ALREADY_EXISTS,
     "EXIT_NOT_FOUND": grpc.StatusCode.NOT_FOUND,
+    "EXIT_IN_USE": grpc.StatusCode.FAILED_PRECONDITION,
     "EXIT_LIMIT_REACHED": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "ALLOCATION_NOT_FOUND": grpc.StatusCode.NOT_FOUND,
     "LEASE_LOST": grpc.StatusCode.FAILED_PRECONDITION,

@@ -95,6 +95,19 @@ ORDER BY exit_id LIMIT $3;
 -- $1 organization, $2 exit, $3 enabled. Index: exits_exit_id.
 UPDATE exits SET enabled = $3 WHERE organization_id = $1 AND exit_id = $2;
 
+-- name: lock_exit
+-- Holds an exit: who reserves it waits, and then sees what became of it. $1 organization, $2 exit. Index: exits_exit_id.
+SELECT enabled FROM exits WHERE organization_id = $1 AND exit_id = $2 FOR UPDATE;
+
+-- name: count_leases_of_exit
+-- $1 organization, $2 exit. Index: leases_holder, by organization: there is none by exit, since only operators ask so.
+SELECT count(*) FROM leases WHERE organization_id = $1 AND exit_id = $2;
+
+-- name: delete_exit
+-- Forgets a locked exit and its health. $1 organization, $2 exit. Index: exits_exit_id; primary key of exit_health.
+WITH cleared AS (DELETE FROM exit_health WHERE organization_id = $1 AND exit_id = $2)
+DELETE FROM exits WHERE organization_id = $1 AND exit_id = $2;
+
 -- name: toggle_exit
 -- Begins a new epoch, with the count at 0, and logs the toggle; no row when there is no such exit. A concurrent exit's
 -- leases are to be moved after it. $1 organization, $2 exit, $3 toggle id, $4 actor, $5 reason. Index: exits_exit_id.

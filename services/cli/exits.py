@@ -110,6 +110,15 @@ async def disable(client: Client, exit_id: str) -> None:
 
 
 @exit_.command()
+@click.argument("exit_ids", nargs=-1, required=True, metavar="EXIT_ID...")
+@connected
+async def delete(client: Client, exit_ids: tuple[str, ...]) -> None:
+    """Forget exits that are disabled and that no live lease has; their toggles stay."""
+    for exit_id in exit_ids:
+        click.echo(f"{exit_id} {'deleted' if await client.exits.delete(exit_id) else 'was not there'}")
+
+
+@exit_.command()
 @click.argument("exit_id", default="")
 @json_option
 @connected

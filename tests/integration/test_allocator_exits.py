@@ -80,6 +80,41 @@ async def test_an_exit_that_moved_meanwhile_serves_nobody_who_wants_its_old_regi
     await check_exits(allocator)
 
 
+async def test_an_exit_out_of_use_makes_room_for_another(start_service: StartService) -> None:
+    allocator = await Allocator.of(await start_service("allocator", exits={"limit": 2}))
+    await allocator.slot(without_exit=False)
+    first, second = await allocator.add_exits(2)
+
+    async def delete(exit_id: str) -> bool:
+        request = exit_pb2.DeleteExitRequest(exit_id=exit_id)
+        return (await allocator.exits.DeleteExit(request, metadata=allocator.operator)).deleted
+
+    async def refusal() -> str:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await delete(unit.exit.exit_id)
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        return str(refused.value.details())
+
+    (unit,) = await allocator.take()
+    assert "disable it first" in await refusal()
+    for exit_ in (first, second):
+        disabled = exit_pb2.SetExitEnabledRequest(exit_id=exit_.exit_id, enabled=False)
+        await allocator.exits.SetExitEnabled(disabled, metadata=allocator.operator)
+    assert "1 live lease(s)" in await refusal()
+    await toggle(allocator, unit.exit.exit_id)
+    assert [answer.disposition for answer in await allocator.submit(result(unit))] == [1]
+    assert await delete(unit.exit.exit_id)
+    assert not await delete(unit.exit.exit_id)
+    import_ = exit_pb2.ImportExitsRequest(exits=[exit_pb2.ExitSpec(endpoint="http://127.0.0.1:9")])
+    (other,) = (await allocator.exits.ImportExits(import_, metadata=allocator.operator)).exits
+    (fresh,) = await allocator.take()
+    assert fresh.exit.exit_id == other.exit_id
+    # Of the one that is gone its toggles and results stay.
+    assert len(await allocator.sql("SELECT FROM exit_toggle_logs WHERE exit_id = $1", UUID(unit.exit.exit_id))) == 1
+    assert len(await allocator.sql("SELECT FROM work_results WHERE exit_id = $1", UUID(unit.exit.exit_id))) == 1
+    await check_exits(allocator)
+
+
 async def test_a_spec_comes_back_as_it_was_given(allocator: Allocator) -> None:
     for mode in MODES.values():
         (exit_,) = await allocator.add_exits(1, cap=7, region="kr", **mode)

@@ -169,6 +169,7 @@ async def test_exits(allocator: Allocator, call: Caller, theirs: Theirs) -> None
         ("ClearExitHealth", exit_pb2.ClearExitHealthRequest(exit_id=theirs.exit)),
     ):
         assert await call.reason(f"ExitService/{name}", request) == "EXIT_NOT_FOUND", name
+    assert not (await call("ExitService/DeleteExit", exit_pb2.DeleteExitRequest(exit_id=theirs.exit))).deleted
     assert not (await call("ExitService/ListExits", exit_pb2.ListExitsRequest())).exits
     assert not (await call("ExitService/ListExitToggles", exit_pb2.ListExitTogglesRequest(exit_id=theirs.exit))).toggles
     assert not (await call("ExitService/ListExitHealth", exit_pb2.ListExitHealthRequest(exit_id=theirs.exit))).health

@@ -228,6 +228,7 @@ _EXITS = [
     ),
     BadCall("ExitService/ListExits", exit_pb2.ListExitsRequest(), _PAGE),
     BadCall("ExitService/SetExitEnabled", exit_pb2.SetExitEnabledRequest(exit_id=ID), bad_id("exit_id")),
+    BadCall("ExitService/DeleteExit", exit_pb2.DeleteExitRequest(exit_id=ID), bad_id("exit_id")),
     BadCall(
         "ExitService/ToggleExit",
         exit_pb2.ToggleExitRequest(request_id=ID, exit_id=ID),

@@ -184,6 +184,16 @@ class Exits:
         answer = await self._transport.call(self._stub.SetExitEnabled, request)
         return _exit(answer.exit)
 
+    async def delete(self, exit_id: str) -> bool:
+        """Forgets an exit that is disabled and that no live lease has; its toggles stay. Returns whether there was one.
+
+        Raises:
+            FailedPrecondition: it is enabled, or live leases have it.
+            MusterError: it was refused, or did not succeed in time.
+        """
+        answer = await self._transport.call(self._stub.DeleteExit, exit_pb2.DeleteExitRequest(exit_id=exit_id))
+        return bool(answer.deleted)
+
     async def toggle(self, exit_id: str, *, reason: str = "") -> Exit:
         """Says that an exit has a new address: its use count starts from 0.
 
