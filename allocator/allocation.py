@@ -41,7 +41,7 @@ _LOOK_SECONDS = 1.0
 # batch takes more from fewer: each update leaves a version of its row, which while an old snapshot is held nobody may
 # remove.
 _SPREAD = 64
-_LARGE_UNITS, _LARGE_SPREAD = 128, 32
+_LARGE_UNITS, _LARGE_SPREAD = 128, 16
 _LONGEST_TURN = 32
 
 
