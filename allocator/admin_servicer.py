@@ -11,10 +11,10 @@ from muster.allocator.v1 import admin_pb2, admin_pb2_grpc, work_pb2
 from allocator.acts import Act, Acts, Items
 from allocator.audit import Deed
 from allocator.positions import time_position, uuid_position
-from allocator.translation import day_text, item_error, moment
+from allocator.translation import day_text, moment
 from services import pages, requests
 from services.call import Principal
-from services.status import Context
+from services.status import Context, code_number
 from services.validate import Checks
 
 if TYPE_CHECKING:
@@ -217,6 +217,13 @@ def _answers(keys: Sequence[UUID], items: Items) -> list[admin_pb2.ItemAnswer]:
     for key in keys:
         answer = admin_pb2.ItemAnswer(allocation_key=str(key))
         if (refusal := items.refused.get(key)) is not None:
-            answer.error.CopyFrom(item_error(refusal))
+            answer.error.CopyFrom(
+                work_pb2.ItemError(
+                    code=code_number(refusal.reason),
+                    reason=refusal.reason,
+                    message=refusal.message,
+                    metadata=refusal.metadata,
+                )
+            )
         answers.append(answer)
     return answers
