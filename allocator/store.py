@@ -52,25 +52,30 @@ class Store:
             work: Must have no effect but in the database, since it may run several times.
 
         Raises:
-            DatabaseUnavailable: the database does not answer, or a row stayed locked longer than `lock_timeout`.
+            DatabaseUnavailable: the database does not answer, a row stayed locked longer than `lock_timeout`, every try
+                fell to a deadlock, or a partition cannot be made. Nothing was changed, unless the commit's answer was
+                lost.
         """
         for left in reversed(range(_TRIES)):
             try:
                 async with self.database.transaction() as connection:
                     return await work(connection)
-            except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+            except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError) as error:
                 if not left:
-                    raise
+                    raise DatabaseUnavailable(
+                        "other transactions were in the way each time; nothing was changed", retry_after_seconds=1.0
+                    ) from error
             except asyncpg.CheckViolationError as error:
-                if not left:
-                    raise
                 # PostgreSQL checks a row's new version as projected from the one that the statement began with, before
                 # it finds that the row has moved on: what a statement that had to wait violates may be no violation.
                 # It reports a row without a partition as a violated check without a name.
-                if not error.constraint_name:
+                if error.constraint_name:
+                    if not left:
+                        raise
+                elif left:
                     await self._partitions.ensure()
-            except asyncpg.LockNotAvailableError as error:
-                raise DatabaseUnavailable(
-                    "a row stayed locked for too long; nothing was changed", retry_after_seconds=1.0
-                ) from error
+                else:
+                    raise DatabaseUnavailable(
+                        "a partition is missing and cannot be made; nothing was changed", retry_after_seconds=1.0
+                    ) from error
         raise AssertionError("the last try returns or raises")

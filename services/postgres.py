@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     Connection = asyncpg.pool.PoolConnectionProxy[asyncpg.Record] | asyncpg.Connection[asyncpg.Record]
     Pool = asyncpg.Pool[asyncpg.Record]
 
-# The server is away, starting, stopping, full or held up. What was acknowledged is committed, so trying again is right.
+# The longest that one statement may take unless it names its own time, and that a transaction may leave its rows locked
+# without a statement. A transaction awaits nothing but the database: one that is silent for longer is of a process that
+# was stopped, or of a host that has gone, and everybody else waits for its rows.
+_STATEMENT_SECONDS = 30.0
+_SILENT_TRANSACTION_MS = "10000"
+
+# The server is away, starting, stopping, full, held up or no longer the primary. What was acknowledged is committed, so
+# trying again is right.
 _UNAVAILABLE = (
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
@@ -36,6 +43,11 @@ _UNAVAILABLE = (
     asyncpg.InternalClientError,
     # A row stayed locked for longer than `lock_timeout`.
     asyncpg.LockNotAvailableError,
+    # An administrator, or a timeout of the server's, ended the statement; or this side was silent in a transaction.
+    asyncpg.QueryCanceledError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    # A former primary after a failover, or one whose disk is about to be full.
+    asyncpg.ReadOnlySQLTransactionError,
     ConnectionError,
     OSError,
     TimeoutError,
@@ -78,7 +90,8 @@ class _PooledConnection(asyncpg.Connection):
 class Database:
     """A pool of connections to one database, as one role.
 
-    Statements run with the deadline of the call in hand. Whoever fails to get a connection in time, or loses it, sees
+    Statements run with the deadline of the call in hand, those of a transaction for 30 s at most. A transaction that
+    leaves its connection silent for 10 s loses it. Whoever fails to get a connection in time, or loses it, sees
     `DatabaseUnavailable`.
     """
 
@@ -96,7 +109,7 @@ class Database:
         Args:
             config: Where the database is and how many connections to keep.
             name: `application_name` and the label of metrics.
-            settings: Server settings of every connection, such as `search_path`.
+            settings: Server settings of every connection, such as `search_path`; they come before those made here.
 
         Raises:
             StartupError: the database does not answer or refuses; the message says what to do.
@@ -109,8 +122,13 @@ class Database:
                 max_size=config.pool_max,
                 max_inactive_connection_lifetime=config.idle_timeout_seconds,
                 timeout=config.connect_timeout_seconds,
+                command_timeout=_STATEMENT_SECONDS,
                 connection_class=_PooledConnection,
-                server_settings={"application_name": f"muster {name}", **settings},
+                server_settings={
+                    "application_name": f"muster {name}",
+                    "idle_in_transaction_session_timeout": _SILENT_TRANSACTION_MS,
+                    **settings,
+                },
             )
             async with pool.acquire(timeout=config.connect_timeout_seconds) as connection:
                 await connection.fetchval("SELECT 1")
@@ -190,4 +208,4 @@ def _budget() -> float:
     try:
         return current().remaining_seconds()
     except LookupError:
-        return 30.0
+        return _STATEMENT_SECONDS
