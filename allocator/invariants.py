@@ -2,7 +2,7 @@
 
 What a gauge of 0 does not say: `quota`, `counters` and `result_kept` look at today and yesterday, `result_kept` at the
 last allocations of them, `acknowledged_kept` at the last requests of an hour. Whether a check comes to its end is seen
-by its time.
+by its time, which before the first is that of the start.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 _SQL = queries("allocator", "invariants.sql")
 _log = structlog.get_logger("allocator.invariants")
 
-_ROUND_SECONDS = 30.0
 # On a large day a check reads millions of rows: it may take this share of the time, and the others theirs.
 _SHARE = 0.005
-_AUDIT_SECONDS = 3600.0
+# How long after the last a check is made: at first, and at the most, however dear it is. The alert
+# MusterInvariantUnchecked waits for longer than that.
+ROUND_SECONDS = 30.0, 1800.0
+AUDIT_SECONDS = 3600.0, 7200.0
 _SAMPLED_ALLOCATIONS = 10_000
 _SAMPLED_REQUESTS = 1000
 
@@ -45,16 +47,19 @@ class Invariants:
     def __init__(self, database: Database, audit: AuditStore) -> None:
         self._database = database
         self._audit = audit
-        self._checks: dict[str, tuple[Callable[[], Awaitable[int]], float]] = {
-            "quota": (lambda: self._by_day("quota"), _ROUND_SECONDS),
-            "exit_cap": (lambda: self._whole("exit_cap"), _ROUND_SECONDS),
-            "one_lease": (lambda: self._whole("one_lease"), _ROUND_SECONDS),
-            "counters": (lambda: self._by_day("counters"), _ROUND_SECONDS),
-            "result_kept": (lambda: self._by_day("result_kept", _SAMPLED_ALLOCATIONS), _ROUND_SECONDS),
-            "acknowledged_kept": (self._lost_requests, _ROUND_SECONDS),
-            "audit_chain": (self._broken_chains, _AUDIT_SECONDS),
+        self._checks: dict[str, tuple[Callable[[], Awaitable[int]], tuple[float, float]]] = {
+            "quota": (lambda: self._by_day("quota"), ROUND_SECONDS),
+            "exit_cap": (lambda: self._whole("exit_cap"), ROUND_SECONDS),
+            "one_lease": (lambda: self._whole("one_lease"), ROUND_SECONDS),
+            "counters": (lambda: self._by_day("counters"), ROUND_SECONDS),
+            "result_kept": (lambda: self._by_day("result_kept", _SAMPLED_ALLOCATIONS), ROUND_SECONDS),
+            "acknowledged_kept": (self._lost_requests, ROUND_SECONDS),
+            "audit_chain": (self._broken_chains, AUDIT_SECONDS),
         }
         self._due = dict.fromkeys(self._checks, 0.0)
+        # A check that never comes to its end is then seen as one that stopped doing so.
+        for name in self._checks:
+            metrics.CHECKED_AT.labels(name).set_to_current_time()
 
     async def check(self, name: str) -> int:
         """Checks one invariant by its name and returns how many rows break it.
@@ -62,13 +67,14 @@ class Invariants:
         Raises:
             DatabaseUnavailable: the database does not answer, or not within 30 s.
         """
-        run, period_seconds = self._checks[name]
+        run, (period_seconds, longest_seconds) = self._checks[name]
         begun = time.monotonic()
         try:
             broken = await run()
         finally:
             # What was given up took its share too.
-            self._due[name] = begun + max(period_seconds, (time.monotonic() - begun) / _SHARE)
+            wait_seconds = max(period_seconds, (time.monotonic() - begun) / _SHARE)
+            self._due[name] = begun + min(wait_seconds, longest_seconds)
         metrics.VIOLATIONS.labels(name).set(broken)
         metrics.CHECKED_AT.labels(name).set_to_current_time()
         if broken:

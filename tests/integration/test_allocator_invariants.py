@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from allocator import metrics, no_work_watch
 from allocator.audit_store import AuditStore
 from allocator.blockers import BlockerKind, NoWork
 from allocator.explanation import Explanation
-from allocator.invariants import Invariants
+from allocator.invariants import ROUND_SECONDS, Invariants
 from allocator.no_work_watch import WatchedExplanation
 from allocator.partitions import Partitions
 from services.postgres import Database
@@ -249,21 +250,43 @@ async def test_a_true_no_work_is_not_accused(
 
 
 async def test_the_service_checks_by_itself(start_service: StartService) -> None:
-    begun = time.time()
     for name in NAMES:
         # A restarted service checks at once, so that its gauges say something from the start.
-        metrics.CHECKED_AT.labels(name).set(0)
+        metrics.VIOLATIONS.labels(name).set(-1)
     await start_service("allocator")
 
     async def checked() -> bool:
-        return all(
-            sample.value >= begun - 1
-            for metric in metrics.CHECKED_AT.collect()
-            for sample in metric.samples
-            if sample.labels["invariant"] != "false_no_work"
-        )
+        return all(metrics.VIOLATIONS.labels(name)._value.get() == 0 for name in NAMES)
 
     await until(checked)
+
+
+NOTHING: Any = None
+
+
+def test_a_check_that_never_comes_to_its_end_has_a_time_to_be_missed_since() -> None:
+    begun = time.time()
+    metrics.CHECKED_AT.clear()
+    Invariants(NOTHING, NOTHING)
+    samples = {sample.labels["invariant"]: sample.value for sample in next(iter(metrics.CHECKED_AT.collect())).samples}
+    assert set(samples) == set(NAMES)
+    assert min(samples.values()) >= begun
+
+
+async def test_a_dear_check_takes_a_small_share_of_the_time_but_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("allocator.invariants.time.monotonic", lambda: now[0])
+    invariants = Invariants(NOTHING, NOTHING)
+    for seconds, wait_seconds in ((0.01, ROUND_SECONDS[0]), (2.0, 400.0), (25.0, ROUND_SECONDS[1])):
+
+        async def dear(seconds: float = seconds) -> int:
+            now[0] += seconds
+            return 0
+
+        invariants._checks["quota"] = dear, ROUND_SECONDS
+        begun = now[0]
+        await invariants.check("quota")
+        assert invariants._due["quota"] == pytest.approx(begun + wait_seconds)
 
 
 async def test_the_service_watches_its_own_answers(allocator: Allocator) -> None:

@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 
 import allocator.app  # noqa: F401  (registers the allocator's metrics)
 import session_tracker.metrics  # noqa: F401
+from allocator.invariants import AUDIT_SECONDS, ROUND_SECONDS
 from services.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,16 @@ def test_the_rules_are_well_formed(promtool: str, file: Path) -> None:
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
 def test_the_rules_do_as_their_tests_say(promtool: str, file: Path) -> None:
     run(promtool, "test", "rules", str(file))
+
+
+def test_a_check_that_is_made_as_seldom_as_can_be_raises_no_alert() -> None:
+    (rules,) = (file for file in RULES if file.name == "allocator-rules.yaml")
+    rule = rules.read_text().partition("- alert: MusterInvariantUnchecked")[2].partition("- alert:")[0]
+    for_seconds = 60 * int(re.findall(r"for: (\d+)m", rule)[0])
+    most, audit = (int(seconds) + for_seconds for seconds in re.findall(r"> (\d+)", rule))
+    # Checks come one after another: there is time for this one, and for the others before it.
+    assert most >= 2 * ROUND_SECONDS[1]
+    assert audit >= 1.5 * AUDIT_SECONDS[1]
 
 
 @pytest.mark.parametrize("file", RULES, ids=lambda file: file.name)
