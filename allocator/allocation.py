@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from allocator.external_exits import ExternalExits
     from allocator.organization_share import OrganizationShare
     from allocator.personas import Personas
+    from allocator.report_cache import ReportCache
 
 _BATCH_CALLS = 1024
 _BATCH_UNITS = 1024
@@ -66,6 +67,7 @@ class Allocation:
         external_exits: Completes packages whose slots ask for one.
         personas: Completes packages.
         clients: Registers who asks.
+        reports: Is told of counters that moved.
         share: Gives the organizations their turns.
         duration_seconds: How long a lease lasts.
         greatest_age_seconds: How old renewals may make it.
@@ -80,6 +82,7 @@ class Allocation:
         external_exits: ExternalExits,
         personas: Personas,
         clients: Clients,
+        reports: ReportCache,
         share: OrganizationShare,
         *,
         duration_seconds: float,
@@ -92,6 +95,7 @@ class Allocation:
         self._external_exits = external_exits
         self._personas = personas
         self._clients = clients
+        self._reports = reports
         self._share = share
         self.duration_seconds = duration_seconds
         self._greatest_age_seconds = greatest_age_seconds
@@ -183,10 +187,13 @@ class Allocation:
                 return missed or outcome
             ready, without_exit = await self._external_exits.complete(organization_id, demand.request_id, outcome)
             if without_exit.providers:
+                self._reports.outdate(organization_id)
                 providers |= without_exit.providers
                 missed = without_exit.no_work
             if ready:
                 ready, without_persona = await self._personas.complete(organization_id, demand.request_id, ready)
+                if without_persona.needs:
+                    self._reports.outdate(organization_id)
                 if ready:
                     return ready
                 needs |= without_persona.needs
@@ -254,6 +261,8 @@ class Allocation:
             duration_seconds=self.duration_seconds,
             greatest_age_seconds=self._greatest_age_seconds,
         )
+        if picks:
+            self._reports.outdate(organization_id)
         reasons: dict[tuple[str, str], NoWork | None] = {}
         for number, answer in zip(batch, answers, strict=True):
             if isinstance(answer, DomainError) or answer:

@@ -74,13 +74,19 @@ async def bind(chassis: Chassis[Any], config: AllocatorConfig) -> None:
         exits.external,
         personas,
         clients,
+        reports,
         OrganizationShare(config.share.lanes, config.share.weights),
         duration_seconds=duration,
         greatest_age_seconds=age,
         draining=chassis.draining,
     )
     leases = Leases(
-        lease_store, availability, clients, duration_seconds=duration, sweep_seconds=config.leases.sweep_seconds
+        lease_store,
+        availability,
+        clients,
+        reports,
+        duration_seconds=duration,
+        sweep_seconds=config.leases.sweep_seconds,
     )
     back_off = BackOff(**config.back_off.model_dump())
     results = Results(ResultStore(database, partitions, back_off, exits.health), clients, availability, reports)

@@ -10,7 +10,7 @@ from allocator.clients import Clients
 from allocator.explanation import Explanation
 from allocator.insight import AllocationRecord
 from allocator.insight_store import InsightStore
-from allocator.positions import rate_position, uuid_position, week_position
+from allocator.positions import day_position, rate_position, week_position
 from allocator.reports import Reports, SettingsEffect
 from allocator.translation import (
     client_identity,
@@ -133,9 +133,16 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         checks.done()
         organization_id = (await self._clients.caller()).organization_id
         scope = f"GetDashboard {organization_id} {request.work_date}"
-        after = rate_position(pages.decode(request.page_token, scope))
-        rows = await self._reports.dashboard(organization_id, day, after, size)
-        token = pages.encode([rows[-1].rate, str(rows[-1].slot_id)], scope) if len(rows) == size else ""
+        position = rate_position(pages.decode(request.page_token, scope))
+        if position is not None:
+            # That of the first page, though it may be tomorrow by now.
+            day = position[0]
+        elif day is None:
+            day = await self._reports.today(organization_id)
+        rows = await self._reports.dashboard(organization_id, day, position[1:] if position else None, size)
+        token = ""
+        if len(rows) == size:
+            token = pages.encode([day_text(day), rows[-1].rate, str(rows[-1].slot_id)], scope)
         return insight_pb2.GetDashboardResponse(
             rows=[
                 insight_pb2.DashboardRow(
@@ -156,7 +163,10 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         checks = Checks()
         day = checks.day("work_date", request.work_date, required=False)
         checks.done()
-        rows = await self._reports.client_performance((await self._clients.caller()).organization_id, day)
+        organization_id = (await self._clients.caller()).organization_id
+        rows = await self._reports.client_performance(
+            organization_id, day or await self._reports.today(organization_id)
+        )
         return insight_pb2.GetClientPerformanceResponse(
             clients=[
                 insight_pb2.ClientPerformance(
@@ -256,11 +266,16 @@ class InsightServicer(insight_pb2_grpc.InsightServiceServicer):
         checks.done()
         organization_id = (await self._clients.caller()).organization_id
         scope = f"ListAllocations {organization_id} {request.work_date} {status} {slot_id}"
-        before = uuid_position(pages.decode(request.page_token, scope))
+        position = day_position(pages.decode(request.page_token, scope))
+        if position is not None:
+            day = position[0]
+        elif day is None:
+            day = await self._reports.today(organization_id)
+        before = position[1] if position else None
         records = await self._store.allocations(
             organization_id, day, status=status or None, slot_id=slot_id, before=before, size=size
         )
-        token = pages.encode([str(records[-1].allocation_key)], scope) if len(records) == size else ""
+        token = pages.encode([day_text(day), str(records[-1].allocation_key)], scope) if len(records) == size else ""
         return insight_pb2.ListAllocationsResponse(
             allocations=[_record(record) for record in records], next_page_token=token
         )

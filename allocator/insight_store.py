@@ -36,14 +36,14 @@ class InsightStore:
     async def allocations(
         self,
         organization_id: UUID,
-        day: date | None,
+        day: date,
         *,
         status: int | None,
         slot_id: UUID | None,
         before: UUID | None,
         size: int,
     ) -> list[AllocationRecord]:
-        """Returns the allocations of one day, newest first; None for today, any status, any slot."""
+        """Returns the allocations of one day, newest first; None for any status, any slot, from the newest."""
         rows = await self._database.fetch(
             _SQL["page_of_allocations"], organization_id, day, status, slot_id, before, size
         )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from allocator.availability import Availability
     from allocator.clients import Clients
     from allocator.lease_store import LeaseStore
+    from allocator.report_cache import ReportCache
 
 _log = structlog.get_logger("allocator.leases")
 
@@ -184,6 +185,7 @@ class Leases:
         store: The database.
         availability: Is told of units that came back.
         clients: Is told whose leases are renewed.
+        reports: Is told of counters that moved.
         duration_seconds: How long a lease lasts from its renewal.
         sweep_seconds: How often expired leases are looked for.
     """
@@ -193,6 +195,7 @@ class Leases:
         store: LeaseStore,
         availability: Availability,
         clients: Clients,
+        reports: ReportCache,
         *,
         duration_seconds: float,
         sweep_seconds: float,
@@ -200,6 +203,7 @@ class Leases:
         self._store = store
         self._availability = availability
         self._clients = clients
+        self._reports = reports
         self._duration_seconds = duration_seconds
         self._sweep_seconds = sweep_seconds
 
@@ -276,6 +280,7 @@ class Leases:
         if count:
             ENDED.labels(status.name.lower()).inc(count)
             self._availability.outdate(organization_id)
+            self._reports.outdate(organization_id)
 
 
 def _by_key(name: LeaseName) -> UUID:

@@ -10,6 +10,17 @@ from services.errors import InvalidPageToken
 Position = list[str | int] | None
 
 
+def day_position(position: Position) -> tuple[date, UUID] | None:
+    """Returns the day that is listed and the id after which a page of it begins. Raises: InvalidPageToken."""
+    if position is None:
+        return None
+    try:
+        day, key = position
+        return date.fromisoformat(str(day)), UUID(str(key))
+    except ValueError:
+        raise _damaged() from None
+
+
 def uuid_position(position: Position) -> UUID | None:
     """Returns the id after which a page begins. Raises: InvalidPageToken."""
     if position is None:
@@ -48,15 +59,15 @@ def time_position(position: Position) -> tuple[datetime, UUID] | None:
         raise _damaged() from None
 
 
-def rate_position(position: Position) -> tuple[int, UUID] | None:
-    """Returns the rate and id after which a page begins. Raises: InvalidPageToken."""
+def rate_position(position: Position) -> tuple[date, int, UUID] | None:
+    """Returns the day that is listed, and the rate and id after which a page of it begins. Raises: InvalidPageToken."""
     if position is None:
         return None
     try:
-        rate, key = position
+        day, rate, key = position
         if not 0 <= int(rate) < 2**62:
             raise _damaged()
-        return int(rate), UUID(str(key))
+        return date.fromisoformat(str(day)), int(rate), UUID(str(key))
     except ValueError:
         raise _damaged() from None
 

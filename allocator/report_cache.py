@@ -21,8 +21,9 @@ STATISTICS_SECONDS = 300.0
 # A bound on memory; a console asks for a handful of reports.
 _REPORTS = 64
 _ORGANIZATIONS = 1024
-# Under a steady stream of writes every report is always outdated. One that takes longer than this to read is then read
-# again only after ten times as long, so that looking at it cannot take the database's time from the work itself.
+# Under a steady stream of writes every report is always outdated, and one that is kept for a second soon is anyway. One
+# that takes longer than this to read is read again only after ten times as long, so that looking at it cannot take the
+# database's time from the work itself.
 _CHEAP_SECONDS = 0.1
 _DEAR_SHARE = 0.1
 
@@ -43,9 +44,10 @@ class _Reading:
             return False
         if self.seconds is None:
             return self.writes == writes
-        if self.writes == writes:
-            return now < self.begun + ttl_seconds
-        return self.seconds > _CHEAP_SECONDS and now < self.begun + min(ttl_seconds, self.seconds / _DEAR_SHARE)
+        kept_seconds = ttl_seconds if self.writes == writes else 0.0
+        if self.seconds > _CHEAP_SECONDS:
+            kept_seconds = max(kept_seconds, self.seconds / _DEAR_SHARE)
+        return now < self.begun + kept_seconds
 
 
 @dataclass(slots=True)
@@ -57,7 +59,9 @@ class _Organization:
 
 
 class ReportCache:
-    """Keeps what was read: per organization and question, for a limited time or until the next write.
+    """Keeps what was read: per organization and question, for a limited time or until the next write on this replica.
+
+    What took long to read is kept for ten times as long, whatever is written and however young it should be.
 
     Those who ask while a reading is under way share it, or the next one if something was written since it began. A
     reading that fails is not kept; those who share it get its error.
@@ -83,7 +87,7 @@ class ReportCache:
         Args:
             organization_id: The tenant.
             question: The report's name and everything that its contents depend on.
-            ttl_seconds: How old the answer may be.
+            ttl_seconds: How old the answer may be, unless it is dear.
             read: Reads it. Runs outside the call, since others may wait for it longer than this caller does.
 
         Raises:

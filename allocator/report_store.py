@@ -26,10 +26,15 @@ class ReportStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    async def today(self, organization_id: UUID) -> date:
+        """Returns the day in the organization's time zone."""
+        today: date = await self._database.fetchval(_SQL["today_of_organization"], organization_id)
+        return today
+
     async def dashboard(
-        self, organization_id: UUID, day: date | None, after: tuple[int, UUID] | None, size: int
+        self, organization_id: UUID, day: date, after: tuple[int, UUID] | None, size: int
     ) -> list[DashboardRow]:
-        """Returns one day by completion, highest first; None for today."""
+        """Returns one day by completion, highest first."""
         rate, slot_id = after or (None, None)
         rows = await self._database.fetch(_SQL["page_of_dashboard"], organization_id, day, rate, slot_id, size)
         return [
@@ -39,8 +44,8 @@ class ReportStore:
             for row in rows
         ]
 
-    async def client_performance(self, organization_id: UUID, day: date | None) -> list[ClientPerformance]:
-        """Returns one day by client, the busiest first; None for today."""
+    async def client_performance(self, organization_id: UUID, day: date) -> list[ClientPerformance]:
+        """Returns one day by client, the busiest first."""
         rows = await self._database.fetch(_SQL["client_performance"], organization_id, day, _MOST)
         return [ClientPerformance(**row) for row in rows]
 

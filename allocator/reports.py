@@ -118,8 +118,12 @@ class Reports:
         self._explanation = explanation
         self._cache = cache
 
+    async def today(self, organization_id: UUID) -> date:
+        """Returns the day in the organization's time zone."""
+        return await self._store.today(organization_id)
+
     async def totals(self, organization_id: UUID) -> Totals:
-        """Returns the live figures, at most a second old."""
+        """Returns the live figures, at most a second old unless they are dear."""
 
         async def read() -> Totals:
             units = await self._explanation.available_units(organization_id)
@@ -128,9 +132,9 @@ class Reports:
         return await self._cache.get(organization_id, "totals", TOTALS_SECONDS, read)
 
     async def dashboard(
-        self, organization_id: UUID, day: date | None, after: tuple[int, UUID] | None, size: int
+        self, organization_id: UUID, day: date, after: tuple[int, UUID] | None, size: int
     ) -> list[DashboardRow]:
-        """Returns one day by completion, highest first; None for today."""
+        """Returns one day by completion, highest first."""
         return await self._cache.get(
             organization_id,
             ("dashboard", day, after, size),
@@ -138,8 +142,8 @@ class Reports:
             lambda: self._store.dashboard(organization_id, day, after, size),
         )
 
-    async def client_performance(self, organization_id: UUID, day: date | None) -> list[ClientPerformance]:
-        """Returns one day by client, the busiest first; None for today."""
+    async def client_performance(self, organization_id: UUID, day: date) -> list[ClientPerformance]:
+        """Returns one day by client, the busiest first."""
         return await self._cache.get(
             organization_id,
             ("clients", day),

@@ -25,24 +25,19 @@ FROM (
   FROM clients WHERE organization_id = $1) c;
 
 -- name: page_of_allocations
--- Live leases and ended allocations of one day, newest first. $1 organization, $2 day or NULL for today, $3 status or
--- NULL, $4 slot or NULL, $5 before this key or NULL, $6 how many. Index: primary key of work_allocations backwards,
--- leases_holder.
-WITH day AS MATERIALIZED (
-  SELECT coalesce($2::date, (now() AT TIME ZONE time_zone)::date) AS work_date FROM organizations
-  WHERE organization_id = $1
-)
+-- Live leases and ended allocations of one day, newest first. $1 organization, $2 day, $3 status or NULL, $4 slot or
+-- NULL, $5 before this key or NULL, $6 how many. Index: primary key of work_allocations backwards, leases_holder.
 (SELECT allocation_key, slot_id, work_date, 1::smallint AS status, false AS late, client_id, instance_number, exit_id,
   persona_id, granted_at AS allocated_at, expires_at, NULL::timestamptz AS ended_at
 FROM leases
-WHERE organization_id = $1 AND work_date = (SELECT work_date FROM day) AND coalesce($3::smallint, 1) = 1
+WHERE organization_id = $1 AND work_date = $2 AND coalesce($3::smallint, 1) = 1
   AND ($4::uuid IS NULL OR slot_id = $4) AND ($5::uuid IS NULL OR allocation_key < $5)
 ORDER BY allocation_key DESC LIMIT $6)
 UNION ALL
 (SELECT allocation_key, slot_id, work_date, status, late, client_id, instance_number, exit_id, persona_id, allocated_at,
   expires_at, ended_at
 FROM work_allocations
-WHERE organization_id = $1 AND work_date = (SELECT work_date FROM day) AND ($3::smallint IS NULL OR status = $3)
+WHERE organization_id = $1 AND work_date = $2 AND ($3::smallint IS NULL OR status = $3)
   AND ($4::uuid IS NULL OR slot_id = $4) AND ($5::uuid IS NULL OR allocation_key < $5)
 ORDER BY allocation_key DESC LIMIT $6)
 ORDER BY allocation_key DESC LIMIT $6;

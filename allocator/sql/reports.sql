@@ -1,26 +1,28 @@
 -- Reports for people. All are bound to one organization and read no more than the time that they report on: partitions
 -- are left out by time, rows by the primary key, whose second column is the time.
 
+-- name: today_of_organization
+-- $1 organization. Index: primary key.
+SELECT (now() AT TIME ZONE time_zone)::date FROM organizations WHERE organization_id = $1;
+
 -- name: page_of_dashboard
 -- One day by completion, highest first; the rate is compared in whole millionths, so that pages meet exactly.
--- $1 organization, $2 day or NULL for today, $3 after this rate or NULL, $4 and slot, $5 how many. Reads the rows of
--- the day. Index: daily_work_tracking_slot, primary key of work_slots.
+-- $1 organization, $2 day, $3 after this rate or NULL, $4 and slot, $5 how many. Reads the rows of the day. Index:
+-- daily_work_tracking_slot, primary key of work_slots.
 SELECT slot_id, keyword, work_date, quota, allocated, succeeded, failed, blocked, expired, released,
   round(completion_rate * 1e6)::bigint AS rate
 FROM work_dashboard
-WHERE organization_id = $1 AND work_date = coalesce($2::date,
-    (SELECT (now() AT TIME ZONE time_zone)::date FROM organizations WHERE organization_id = $1))
+WHERE organization_id = $1 AND work_date = $2
   AND ($3::bigint IS NULL OR round(completion_rate * 1e6)::bigint < $3
     OR round(completion_rate * 1e6)::bigint = $3 AND slot_id > $4::uuid)
 ORDER BY rate DESC, slot_id LIMIT $5;
 
 -- name: client_performance
--- One day's reports by client, most first. A client that was purged since has no name. $1 organization, $2 day or NULL
--- for today, $3 how many. Index: primary keys.
+-- One day's reports by client, most first. A client that was purged since has no name. $1 organization, $2 day, $3 how
+-- many. Index: primary keys.
 WITH bounds AS MATERIALIZED (
-  SELECT d.day::timestamp AT TIME ZONE d.time_zone AS begins, (d.day + 1)::timestamp AT TIME ZONE d.time_zone AS ends
-  FROM (SELECT time_zone, coalesce($2::date, (now() AT TIME ZONE time_zone)::date) AS day FROM organizations
-    WHERE organization_id = $1) d
+  SELECT $2::date::timestamp AT TIME ZONE time_zone AS begins, ($2::date + 1)::timestamp AT TIME ZONE time_zone AS ends
+  FROM organizations WHERE organization_id = $1
 )
 SELECT r.client_id, coalesce(c.client_name, '') AS client_name, coalesce(c.client_ip, '') AS client_ip,
   r.active_instances, r.tasks, r.mean_execution_ms, r.succeeded

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import random
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 import grpc
 import pytest
-from muster.allocator.v1 import insight_pb2, work_pb2
+from muster.allocator.v1 import insight_pb2, slot_pb2, work_pb2
 
+from allocator.persona_peer import PersonaPeer
 from services.call import Role
 from services.postgres import queries
 from tests.support import documents
-from tests.support.allocator import Allocator, result
+from tests.support.allocator import Allocator, lease, result, until
 from tests.support.services import StartService
 
 _ZONE = "Asia/Seoul"
@@ -217,6 +218,52 @@ async def test_a_result_shows_at_once_on_the_replica_that_took_it(allocator: All
         assert (await allocator.totals()).today.blocked == count
 
 
+async def test_units_show_at_once_on_the_replica_that_hands_them_out_and_ends_them(start_service: StartService) -> None:
+    allocator = await Allocator.of(await start_service("allocator", leases={"sweep_seconds": 0.02}))
+    await allocator.slot(daily_quota=10)
+
+    async def counters() -> tuple[int, int, int]:
+        tracking = (await _ask(allocator, "GetDashboard")).rows[0].tracking
+        return tracking.allocated, tracking.released, tracking.expired
+
+    assert await counters() == (0, 0, 0)
+    units = await allocator.take(5)
+    assert await counters() == (5, 0, 0)
+    await allocator.release(lease(units[0]))
+    assert await counters() == (5, 1, 0)
+    await allocator.take(1, client="pc-2")
+    await allocator.heartbeat("pc-2", goodbye=True)
+    assert await counters() == (6, 2, 0)
+    await allocator.run_out(units[1])
+
+    async def shows() -> bool:
+        return await counters() == (6, 2, 1)
+
+    # It has ended in the database a moment before the replica takes note.
+    await until(shows)
+
+
+async def test_units_that_are_taken_back_show_at_once(
+    start_service: StartService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocator = await Allocator.of(await start_service("allocator"))
+    await allocator.slot(persona=slot_pb2.PersonaNeed(region="kr"))
+    seen = []
+
+    async def allocated() -> int:
+        rows = (await _ask(allocator, "GetDashboard")).rows
+        return int(rows[0].tracking.allocated)
+
+    async def none_idle(_: PersonaPeer, organization: uuid.UUID, needs: Sequence[Any], seconds: float) -> list[None]:
+        seen.append(await allocated())
+        return [None] * len(needs)
+
+    monkeypatch.setattr(PersonaPeer, "check_out", none_idle)
+    assert not (await allocator.ask(3)).allocations
+    assert set(seen) == {3}
+    assert await allocated() == 0
+
+
 async def test_a_report_is_kept_while_nothing_is_written_here(allocator: Allocator) -> None:
     await _fill(allocator, 1)
     first = await _ask(allocator, "GetSettingsEffect")
@@ -286,8 +333,9 @@ async def test_reports_read_only_their_range(allocator: Allocator) -> None:
     )
     await door.execute("ANALYZE")
     reports = queries("allocator", "reports.sql")
+    today = await door.fetchval("SELECT CURRENT_DATE")
     cases: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
-        ("client_performance", (None, 1000), "client_activity_logs", "reported_at >= CURRENT_DATE"),
+        ("client_performance", (today, 1000), "client_activity_logs", "reported_at >= CURRENT_DATE"),
         ("settings_effect", ([], None, 1000), "work_results", "created_at >= CURRENT_DATE - interval '7 days'"),
         ("block_report", (1000,), "work_results", "created_at >= now() - interval '1 hour'"),
         ("client_activity", ("pc-1", None, 1000), "client_activity_logs", "reported_at >= now() - interval '1 hour'"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator import report_cache
-from allocator.report_cache import ReportCache
+from allocator.report_cache import DASHBOARD_SECONDS, STATISTICS_SECONDS, ReportCache
 from allocator.reports import wilson_interval
 
 _ACME, _RIVAL = UUID(int=1), UUID(int=2)
@@ -51,6 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 async def test_a_report_is_kept_for_its_time(clock: list[float]) -> None:
+    assert (DASHBOARD_SECONDS, STATISTICS_SECONDS) == (60, 300)
     cache, source = ReportCache(), Source()
     assert [await cache.get(_ACME, "r", 60, source.read) for _ in range(3)] == [1, 1, 1]
     clock[0] += 59.9
@@ -111,6 +112,20 @@ async def test_a_dear_report_is_not_read_anew_for_every_write(clock: list[float]
     # Ten times as long as the reading took have passed since it began.
     clock[0] += 0.2
     assert await cache.get(_ACME, "r", 60, dear) == 2
+
+
+async def test_a_dear_report_that_should_be_young_is_not_read_back_to_back(clock: list[float]) -> None:
+    cache, source = ReportCache(), Source()
+
+    async def dear() -> int:
+        clock[0] += 2.0
+        return await source.read()
+
+    assert await cache.get(_ACME, "r", 1, dear) == 1
+    clock[0] += 17.9
+    assert await cache.get(_ACME, "r", 1, dear) == 1
+    clock[0] += 0.2
+    assert await cache.get(_ACME, "r", 1, dear) == 2
 
 
 async def test_a_failed_reading_is_not_kept() -> None:
