@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _SQL = queries("allocator", "weekly.sql")
 
+# A week of tens of millions of results takes minutes on a slow disk.
+_COMPUTE_SECONDS = 600.0
+
 
 class WeeklyStore(Store):
     """Computes and reads weekly statistics."""
@@ -32,16 +35,18 @@ class WeeklyStore(Store):
     async def compute(self, organization_id: UUID, week: date) -> None:
         """Computes one week in one statement, in place of what stands; safe to repeat and at once.
 
+        What stands is kept if the archive has taken results of the week since.
+
         Args:
             organization_id: The tenant.
             week: The Monday of a week that is over.
 
         Raises:
-            DatabaseUnavailable: the database does not answer.
+            DatabaseUnavailable: the database does not answer, or not within 10 minutes.
         """
 
         async def work(connection: Connection) -> None:
-            await connection.execute(_SQL["compute_week"], organization_id, week)
+            await connection.execute(_SQL["compute_week"], organization_id, week, timeout=_COMPUTE_SECONDS)
 
         await self.atomically(work)
 

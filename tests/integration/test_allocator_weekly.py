@@ -305,6 +305,39 @@ async def test_the_last_five_weeks_are_computed_again_once_a_day(weeks: Weeks) -
     assert await weeks.statistics.round() == 0
 
 
+@pytest.mark.parametrize("taken", ["to the middle of a week", "with their partitions"])
+async def test_a_week_whose_results_the_archive_took_early_stays_as_it_was_computed(weeks: Weeks, taken: str) -> None:
+    this = monday(datetime.now(tz=UTC), _SEOUL)
+    first = begins(this - timedelta(weeks=6))
+    await weeks.record(
+        weeks.organization,
+        [Done(first + timedelta(hours=2 * n), f"pc-{n % 3}", 2 + n % 3, n) for n in range(6 * 7 * 12)],
+    )
+    assert await weeks.statistics.round() > 5
+    kept = await weeks.rows(weeks.organization)
+    if taken == "with their partitions":
+        for row in await weeks.door.fetch(
+            "SELECT inhrelid::regclass::text AS name FROM pg_inherits WHERE inhparent = 'work_results'::regclass"
+        ):
+            await weeks.door.execute(f"DROP TABLE {row['name']}")
+    else:
+        # By a month that ended there; its partition may stand again by now, and be empty.
+        await weeks.door.execute(
+            "DELETE FROM work_results WHERE created_at < $1", begins(this - timedelta(weeks=2)) + timedelta(days=4)
+        )
+    for _ in range(2):
+        await weeks.door.execute("UPDATE weekly_statistics SET computed_at = computed_at - interval '1 day'")
+        assert await weeks.statistics.round() == 5
+        assert await weeks.rows(weeks.organization) == kept
+    if taken == "to the middle of a week":
+        # A result that is accepted into a week of which nothing was taken still counts.
+        await weeks.record(weeks.organization, [Done(begins(this) - _INSTANT, "late")])
+        await weeks.door.execute("UPDATE weekly_statistics SET computed_at = computed_at - interval '1 day'")
+        await weeks.statistics.round()
+        last = this - timedelta(weeks=1)
+        assert (await weeks.rows(weeks.organization))[last, ""][0] == kept[last, ""][0] + 1
+
+
 async def test_an_accepted_result_counts_in_the_week_in_which_it_came(weeks: Weeks) -> None:
     """However long ago: it stands at most four weeks back, so that the weeks that are computed again hold it."""
     allocator = weeks.allocator
