@@ -5,10 +5,11 @@ from __future__ import annotations
 from datetime import date
 from typing import TYPE_CHECKING
 
+import asyncpg
 import structlog
 
 from services import partitions
-from services.partitions import Interval
+from services.partitions import Interval, Partition
 from services.postgres import queries
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _AHEAD, _BEHIND = 3, 1
 
 
 class Partitions:
-    """Makes the partitions that should stand around today."""
+    """Makes the partitions that should stand around today, and those that live leases will need when they end."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -49,14 +50,35 @@ class Partitions:
             for partition in partitions.planned(SCHEMA, table, interval, today, ahead=_AHEAD)
         )
 
-    async def ensure(self) -> None:
-        """Makes what is missing. Safe to run from several replicas at once."""
+    async def ensure(self) -> bool:
+        """Makes what is missing. Safe to run from several replicas at once.
+
+        A table whose partitions cannot be made, which is logged, does not keep the others.
+
+        Returns:
+            Whether all stand.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
         today: date = await self._database.fetchval(_SQL["today"])
+        days: list[date] = [row["work_date"] for row in await self._database.fetch(_SQL["days_of_leases"])]
+        whole = True
         async with self._database.connection() as connection:
             for table, interval in TABLES.items():
                 wanted = partitions.planned(SCHEMA, table, interval, today, ahead=_AHEAD, behind=_BEHIND)
-                for made in await partitions.ensure(connection, SCHEMA, table, wanted):
-                    _log.info("partition made", partition=made.name)
+                if table == "work_allocations":
+                    # Leases outlive any downtime, and the archive may have taken their week meanwhile.
+                    held = {Partition.of(SCHEMA, table, interval, day) for day in days}
+                    wanted += sorted(held.difference(wanted), key=lambda one: one.begin)
+                try:
+                    for made in await partitions.ensure(connection, SCHEMA, table, wanted):
+                        _log.info("partition made", partition=made.name)
+                except asyncpg.PostgresError as error:
+                    # A connection that is lost fails the next statement, as one that is closed.
+                    whole = False
+                    _log.error("partitions cannot be made", table=table, exc_info=error)
             # A partitioned table cannot hand its fill factor down.
             for row in await connection.fetch(_SQL["loosen_tracking"], SCHEMA):
                 await connection.execute(row["statement"])
+        return whole

@@ -56,14 +56,14 @@ class Upkeep:
         metrics.UPKEEP_AT.set_to_current_time()
 
     async def rounds_for_ever(self) -> None:
-        """Makes a round a minute, and partitions once an hour; waits while the database is away."""
+        """Makes a round a minute, and partitions once an hour, or until all stand; waits while the database is away."""
         rounds = 0
         while True:
             try:
-                if rounds % _PARTITION_ROUNDS == 0:
-                    await self._partitions.ensure()
+                if rounds == 0 and await self._partitions.ensure():
+                    rounds = _PARTITION_ROUNDS
                 await self.round()
-                rounds += 1
+                rounds = max(0, rounds - 1)
             except DatabaseUnavailable as error:
                 _log.warning("the upkeep waits for the database", error=error.message)
             await asyncio.sleep(_ROUND_SECONDS)

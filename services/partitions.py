@@ -81,7 +81,8 @@ def planned(
 async def ensure(connection: Connection, schema: str, table: str, partitions: list[Partition]) -> list[Partition]:
     """Makes those of `partitions` that are missing, each in a transaction of its own, and returns them.
 
-    Days are cut in UTC for timestamp columns. Safe to run from several processes at once.
+    Days are cut in UTC for timestamp columns. Others go on reading and writing the table meanwhile. Safe to run from
+    several processes at once.
 
     Args:
         connection: A connection that owns the table, not in a transaction.
@@ -98,10 +99,10 @@ async def ensure(connection: Connection, schema: str, table: str, partitions: li
             # One maker at a time: CREATE TABLE IF NOT EXISTS races with itself in the catalogue.
             await connection.execute(_SQL["lock_table_makers"], f"{schema}.{table}")
             await connection.execute("SET LOCAL timezone = 'UTC'")
-            statement = await connection.fetchval(
+            statements = await connection.fetchval(
                 _SQL["create_partition"], schema, table, partition.name, partition.begin, partition.end
             )
-            if statement is not None:
-                await connection.execute(statement)
+            if statements is not None:
+                await connection.execute(statements)
                 made.append(partition)
     return made

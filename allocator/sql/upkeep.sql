@@ -4,6 +4,10 @@
 -- In UTC, where timestamp partitions are cut.
 SELECT (now() AT TIME ZONE 'UTC')::date;
 
+-- name: days_of_leases
+-- The days that live leases count on. Over all organizations, as the clock's work. Reads all of a small table.
+SELECT DISTINCT work_date FROM leases;
+
 -- name: standing_partitions
 -- The names of all partitions of a schema. $1 schema.
 SELECT c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

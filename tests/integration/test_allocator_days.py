@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime, timedelta
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from muster.allocator.v1 import exit_pb2, work_pb2
+from muster.allocator.v1 import exit_pb2, insight_pb2, work_pb2
 
+from allocator import upkeep as upkeep_module
 from allocator.allocation_store import AllocationStore
 from allocator.leases import work_dates
 from allocator.partitions import TABLES, Partitions
@@ -18,7 +21,7 @@ from services import partitions as planning
 from services.call import Role
 from services.postgres import Database
 from tests.support.acts import Office, act
-from tests.support.allocator import Allocator, lease, result
+from tests.support.allocator import Allocator, lease, result, until
 from tests.support.services import StartService
 
 # The first and the last midnight of a day on earth, and between them.
@@ -135,6 +138,80 @@ async def test_missing_partitions_are_counted_and_made(allocator: Allocator, upk
     assert rows[0]["loose"] == 5
 
 
+async def test_a_lease_from_before_a_long_downtime_ends_though_its_week_was_archived(
+    start_service: StartService,
+) -> None:
+    allocator = await Allocator.of(await start_service("allocator", leases={"sweep_seconds": 60}))
+    await allocator.slot()
+    swept, released = await allocator.take(2)
+    day = date.fromisoformat(swept.work_date) - timedelta(days=21)
+    await allocator.sql("UPDATE leases SET work_date = $1", day)
+    await allocator.run_out(swept)
+    week = planning.Partition.of("allocator", "work_allocations", planning.Interval.WEEK, day)
+    assert (await allocator.sql("SELECT to_regclass($1) IS NULL AS gone", week.name))[0]["gone"]
+    # The replica that runs makes it when it meets it, and one that starts does so at once.
+    assert not (await allocator.release(lease(released)))[0].HasField("error")
+    await allocator.sql(f"DROP TABLE {week.name}")
+    again = await Allocator.of(
+        await start_service("allocator", database=allocator.service.database, leases={"sweep_seconds": 0.02})
+    )
+    await again.swept(swept)
+    (row,) = await allocator.sql("SELECT work_date, status FROM work_allocations")
+    assert tuple(row) == (day, 5)
+    assert not again.service.chassis.failed
+
+
+async def test_a_table_whose_partitions_cannot_be_made_does_not_keep_the_others(
+    allocator: Allocator, upkeep: Upkeep
+) -> None:
+    database = await Database.connect(
+        allocator.service.chassis.config.postgres, "partitions", search_path="allocator", lock_timeout="50"
+    )
+    partitions = Partitions(database)
+    assert await partitions.ensure()
+    assert await drop_partitions(allocator) > len(TABLES)
+    kept_back = next(iter(TABLES))
+    door = await allocator.connect()
+    async with door.transaction():
+        # As a VACUUM would, or another who changes the table.
+        await door.execute(f"LOCK TABLE {kept_back} IN SHARE UPDATE EXCLUSIVE MODE")
+        assert not await partitions.ensure()
+        assert await partitions.missing() == 4
+    assert await partitions.ensure()
+    assert await partitions.missing() == 0
+    await door.close()
+    await database.close()
+
+
+async def test_partitions_that_cannot_be_made_do_not_keep_the_days(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, rounds = 0, 0
+
+    async def ensure() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked >= 3
+
+    async def make_round() -> None:
+        nonlocal rounds
+        rounds += 1
+
+    monkeypatch.setattr(upkeep._partitions, "ensure", ensure)
+    monkeypatch.setattr(upkeep, "round", make_round)
+    monkeypatch.setattr(upkeep_module, "_ROUND_SECONDS", 0.0)
+    running = asyncio.create_task(upkeep.rounds_for_ever())
+
+    async def has_gone_on() -> bool:
+        return rounds >= 10
+
+    await until(has_gone_on)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    # In each round until all stand, and then once an hour.
+    assert asked == 3 + (rounds - 3) // 60
+
+
 def test_what_is_made_on_any_day_holds_that_day_in_every_time_zone() -> None:
     """Three years, the first and the last moment of each day, in every zone: keys and dates find their partition."""
     moment = datetime(2026, 1, 1, tzinfo=UTC)
@@ -195,6 +272,48 @@ async def test_a_day_that_nobody_made_is_made_when_it_is_first_needed(allocator:
     assert len((await allocator.ask(5)).allocations) == 2
     assert await days_of(allocator, slot.slot_id) == [0, 1]
     await allocator.check_invariants()
+
+
+async def test_todays_reports_are_of_the_day_that_it_is(allocator: Allocator) -> None:
+    await allocator.slot(daily_quota=4)
+    await set_local_time(allocator, 12)
+    await allocator.take(2)
+    (row,) = (await dashboard(allocator)).rows
+    assert row.tracking.allocated == 2
+    await set_local_time(allocator, 36)
+    # Nothing was written since, so what was read of the day before is still kept.
+    assert row.tracking.work_date not in {later.tracking.work_date for later in (await dashboard(allocator)).rows}
+    assert (await dashboard(allocator, work_date=row.tracking.work_date)).rows == [row]
+
+
+async def test_pages_stay_on_the_day_on_which_they_were_begun(allocator: Allocator) -> None:
+    for _ in range(3):
+        await allocator.slot(daily_quota=1)
+    await set_local_time(allocator, 12)
+    units = await allocator.take(3)
+    shown = await dashboard(allocator, page_size=2)
+    listed = await allocations(allocator, page_size=2)
+    await set_local_time(allocator, 36)
+    await allocator.take(3)
+    shown_next = await dashboard(allocator, page_size=2, page_token=shown.next_page_token)
+    rows = [*shown.rows, *shown_next.rows]
+    assert {(row.slot_id, row.tracking.work_date) for row in rows} == {(unit.slot_id, unit.work_date) for unit in units}
+    listed_next = await allocations(allocator, page_size=2, page_token=listed.next_page_token)
+    found = [*listed.allocations, *listed_next.allocations]
+    assert {one.allocation_key for one in found} == {unit.allocation_key for unit in units}
+    assert not shown_next.next_page_token
+    assert not listed_next.next_page_token
+
+
+async def dashboard(allocator: Allocator, **values: Any) -> insight_pb2.GetDashboardResponse:
+    """Reads a page of the dashboard, of today unless a day is given."""
+    return await allocator.insight.GetDashboard(insight_pb2.GetDashboardRequest(**values), metadata=allocator.operator)
+
+
+async def allocations(allocator: Allocator, **values: Any) -> insight_pb2.ListAllocationsResponse:
+    """Reads a page of allocations, of today unless a day is given."""
+    request = insight_pb2.ListAllocationsRequest(**values)
+    return await allocator.insight.ListAllocations(request, metadata=allocator.operator)
 
 
 async def test_a_lease_that_straddles_midnight_counts_on_its_lease_date(allocator: Allocator) -> None:

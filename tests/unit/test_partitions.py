@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from datetime import date, timedelta
 from itertools import pairwise
+from typing import Any
 
 import asyncpg
 import pytest
@@ -88,3 +89,81 @@ async def test_ensure_by_two_at_once(database: str) -> None:
     finally:
         for connection in connections:
             await connection.close()
+
+
+async def test_readers_and_writers_of_the_table_go_on_while_a_partition_is_made(database: str) -> None:
+    # Whoever has to wait for another fails soon.
+    connections = [await asyncpg.connect(database, server_settings={"lock_timeout": "1000"}) for _ in range(3)]
+    try:
+        reader, writer, maker = connections
+        await maker.execute("CREATE TABLE t (day date PRIMARY KEY) PARTITION BY RANGE (day)")
+        today, tomorrow = planned("public", "t", Interval.DAY, date(2025, 1, 1), ahead=1)
+        await ensure(maker, "public", "t", [today])
+        async with reader.transaction(), writer.transaction():
+            await reader.fetch("SELECT FROM t")
+            await writer.execute("INSERT INTO t VALUES ('2025-01-01')")
+            assert await ensure(maker, "public", "t", [today, tomorrow]) == [tomorrow]
+            await writer.execute("INSERT INTO t VALUES ('2025-01-02')")
+        assert await reader.fetchval("SELECT count(*) FROM t") == 2
+    finally:
+        for connection in connections:
+            await connection.close()
+
+
+_TABLE = """
+CREATE TABLE events (
+  organization_id uuid NOT NULL,
+  day date,
+  units integer NOT NULL DEFAULT 3 CHECK (units > 0),
+  twice integer GENERATED ALWAYS AS (units * 2) STORED,
+  name text COLLATE "C" DEFAULT 'x',
+  note text,
+  CONSTRAINT few CHECK (units < 1000)
+) PARTITION BY RANGE (day);
+ALTER TABLE events ADD PRIMARY KEY (organization_id, day);
+CREATE INDEX ON events (name DESC, lower(note)) INCLUDE (units) WHERE units > 1;
+CREATE UNIQUE INDEX ON events (day, units);
+CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN new; END';
+CREATE TRIGGER watch BEFORE UPDATE ON events FOR EACH ROW EXECUTE FUNCTION nothing();
+"""
+_SHAPE = (
+    """SELECT attname, atttypid::regtype, attnotnull, attidentity::text, attgenerated::text, attcollation,
+      attstorage::text, attislocal, attinhcount, pg_get_expr(adbin, adrelid) FROM pg_attribute
+    LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum WHERE attrelid = $1::regclass AND attnum > 0""",
+    """SELECT contype::text, pg_get_constraintdef(oid) AS definition, conislocal, coninhcount, conparentid > 0
+    FROM pg_constraint WHERE conrelid = $1::regclass""",
+    """SELECT indexrelid::regclass::text AS name, pg_get_indexdef(indexrelid) AS definition, inhparent::regclass::text
+    FROM pg_index LEFT JOIN pg_inherits ON inhrelid = indexrelid WHERE indrelid = $1::regclass""",
+    "SELECT tgname, tgenabled::text, tgparentid > 0 FROM pg_trigger WHERE tgrelid = $1::regclass",
+    "SELECT relispartition, reloptions, reltablespace, relkind::text FROM pg_class WHERE oid = $1::regclass",
+)
+
+
+async def _shape(connection: asyncpg.Connection[asyncpg.Record], table: str) -> list[set[tuple[Any, ...]]]:
+    """Everything that makes a table what it is, by what its own name does not matter to."""
+    found = []
+    for statement in _SHAPE:
+        rows = await connection.fetch(statement, table)
+        found.append({tuple(str(value).replace(table, "it") for value in row) for row in rows})
+    return found
+
+
+async def test_a_partition_is_as_postgresql_itself_would_make_it(database: str) -> None:
+    """With the table's own columns, indexes, constraints and triggers: what is done to the table reaches them."""
+    connection = await asyncpg.connect(database)
+    try:
+        await connection.execute(_TABLE)
+        if connection.get_server_version().major >= 17:
+            await connection.execute("ALTER TABLE events ADD number bigint GENERATED ALWAYS AS IDENTITY")
+        (wanted,) = planned("public", "events", Interval.DAY, date(2025, 1, 1), ahead=0)
+        await ensure(connection, "public", "events", [wanted])
+        await connection.execute(
+            "CREATE TABLE events_by_itself PARTITION OF events FOR VALUES FROM ('2025-01-02') TO ('2025-01-03')"
+        )
+        assert await _shape(connection, wanted.name) == await _shape(connection, "events_by_itself")
+        await connection.execute("ALTER TABLE events DROP CONSTRAINT few")
+        await connection.execute(
+            "INSERT INTO events (organization_id, day, units) VALUES (gen_random_uuid(), $1, 1000)", wanted.begin
+        )
+    finally:
+        await connection.close()
