@@ -22,6 +22,7 @@ def test_a_shipped_configuration_is_whole(service: str, file: Path) -> None:
     assert config.grpc.listen.startswith("0.0.0.0:74")
     assert config.postgres.dsn_file is not None
     assert config.postgres.pool_max * 4 <= 100
+    assert config.postgres.idle_timeout_seconds == 60
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
