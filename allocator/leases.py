@@ -251,15 +251,28 @@ class Leases:
         return released
 
     async def sweep(self) -> int:
-        """Ends the leases that ran out; returns how many. Safe to run from several replicas at once."""
+        """Ends the leases that ran out; returns how many. Safe to run from several replicas at once.
+
+        An organization whose rows stay locked is left for the next round; the others are swept.
+
+        Raises:
+            DatabaseUnavailable: the database does not say whose leases ran out.
+        """
         swept = 0
         for organization_id in await self._store.organizations_to_sweep():
-            while True:
-                expired = await self._store.expire(organization_id, _SWEEP_LEASES)
-                self.gave_back(organization_id, expired, Status.EXPIRED)
-                swept += expired
-                if expired < _SWEEP_LEASES:
-                    break
+            try:
+                swept += await self._sweep_organization(organization_id)
+            except DatabaseUnavailable as error:
+    async def _sweep_organization(self, organization_id: UUID) -> int:
+        swept = 0
+        while True:
+            expired = await self._store.expire(organization_id, _SWEEP_LEASES)
+            self.gave_back(organization_id, expired, Status.EXPIRED)
+            swept += expired
+            if expired < _SWEEP_LEASES:
+                return swept
+
+                _log.warning("the sweep passes over", organization=str(organization_id), error=error.message)
         return swept
 
     async def sweep_for_ever(self) -> None:
