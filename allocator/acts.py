@@ -123,7 +123,7 @@ class Acts:
             act: The act.
             slot_id: The slot.
             work_date: Today or later; None for today in the organization's time zone.
-            units: By how many; 0 for as many as failed or were blocked on that day.
+            units: By how many; 0 for as many beyond the slot's own quota as failed or were blocked on that day.
 
         Raises:
             InvalidField: the day is past.

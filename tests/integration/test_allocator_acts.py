@@ -202,6 +202,9 @@ async def test_what_cannot_be_reopened(allocator: Allocator, office: Office) -> 
 
 async def test_results_in_quarantine_are_accepted_or_discarded(start_service: StartService) -> None:
     allocator = await Allocator.of(await start_service("allocator", leases={"sweep_seconds": 0.02}))
+    # The same ones are not added again.
+    answer = await office.reopen(act(), slot.slot_id)
+    assert (answer.quota_before, answer.quota, answer.room) == (4, 4, 2)
     office = await Office.of(allocator)
     slot = await allocator.slot(daily_quota=3)
     late = await allocator.take(3)
