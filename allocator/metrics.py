@@ -68,7 +68,7 @@ QUARANTINED = Gauge("muster_allocator_quarantined_results", "Results in quaranti
 ACTIVE_SLOTS = Gauge("muster_allocator_active_slots", "Slots that are active and within their dates today.")
 CLIENTS = Gauge(
     "muster_allocator_clients",
-    "Clients by state: online, or offline: silent for over 10 minutes, but not for a day, nor told to drain.",
+    "Clients by state: online, or offline: silent for over 10 minutes, not a day, without goodbye or order to drain.",
     ["state"],
 )
 PARTITIONS_MISSING = Gauge(

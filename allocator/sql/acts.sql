@@ -22,20 +22,27 @@ SELECT EXISTS (SELECT FROM work_slots WHERE organization_id = $1 AND slot_id = $
 -- Makes the row of a slot's day if it may have one. $1 organization, $2 day, $3 slot. Index: primary keys; daily_work_tracking_slot.
 SELECT track_slots($1, $2, ARRAY[$3::uuid]);
 
+-- name: silence_instance
+-- An instance that was declared dead is offline at once: its last contact counts as the given silence ago. $1
+-- organization, $2 client, $3 instance, $4 seconds. Index: primary key.
+UPDATE client_instances
+SET last_seen_at = least(last_seen_at, statement_timestamp() - $4::float8 * interval '1 second')
+WHERE organization_id = $1 AND client_id = $2 AND instance_number = $3
+RETURNING instance_number;
+
 -- name: reopen_quota
--- Lets a day hand out more: no row when it has no counters. $1 organization, $2 day, $3 slot, $4 units; 0 for as many as
--- failed or were blocked. Index: daily_work_tracking_slot, primary key of work_slots.
+-- Lets a day hand out more: no row when it has no counters. $1 organization, $2 day, $3 slot, $4 units; 0 for as many
+-- beyond the slot's own quota as failed or were blocked, so that the same ones are not added twice. Index:
+-- daily_work_tracking_slot, primary key of work_slots.
 WITH day AS MATERIALIZED (
-  SELECT t.quota, greatest(t.quota, least(1000000, t.quota + CASE WHEN $4 > 0 THEN $4 ELSE t.failed + t.blocked END))
-    AS reopened_to
-  FROM daily_work_tracking t
+  SELECT t.quota, s.daily_quota, greatest(t.quota, least(1000000,
+    CASE WHEN $4 > 0 THEN t.quota + $4 ELSE s.daily_quota + t.failed + t.blocked END)) AS reopened_to
+  FROM daily_work_tracking t JOIN work_slots s ON s.organization_id = $1 AND s.slot_id = $3
   WHERE t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = $3
-  FOR UPDATE
+  FOR UPDATE OF t
 )
 UPDATE daily_work_tracking t
-SET quota = d.reopened_to,
-  reopened = greatest(t.reopened, d.reopened_to - s.daily_quota)
-FROM day d, work_slots s
+SET quota = d.reopened_to, reopened = greatest(t.reopened, d.reopened_to - d.daily_quota)
+FROM day d
 WHERE t.organization_id = $1 AND t.work_date = $2 AND t.slot_id = $3
-  AND s.organization_id = $1 AND s.slot_id = $3
 RETURNING d.quota AS quota_before, t.quota, t.quota - (t.allocated - t.expired - t.released) AS room;

@@ -12,12 +12,18 @@ FROM (
   FROM leases
 ) l;
 
--- name: slow_gauges
--- Read once a minute. $1 the seconds of silence after which a client is offline; of those only the ones count that spoke
--- within a day and were not told to drain: who goes on purpose is not missed. Index: work_slots_active, clients_last_seen_at.
+-- name: clients
+-- Read once a minute. $1 the seconds of silence after which a client is offline. Of those only the ones count that were
+-- not told to drain and have an instance on record that spoke within a day; one that said goodbye has gone from it: who
+-- goes on purpose is not missed. Index: clients_last_seen_at, primary key of client_instances.
 SELECT
-  (SELECT count(*) FROM work_slots s JOIN organizations o USING (organization_id)
-    WHERE s.is_active AND (now() AT TIME ZONE o.time_zone)::date BETWEEN s.start_date AND s.end_date) AS active_slots,
   (SELECT count(*) FROM clients WHERE last_seen_at > now() - $1::float8 * interval '1 second') AS clients_online,
-  (SELECT count(*) FROM clients WHERE last_seen_at <= now() - $1::float8 * interval '1 second'
-    AND last_seen_at > now() - interval '1 day' AND NOT draining) AS clients_offline;
+  (SELECT count(*) FROM clients c WHERE c.last_seen_at <= now() - $1::float8 * interval '1 second'
+    AND c.last_seen_at > now() - interval '1 day' AND NOT c.draining
+    AND EXISTS (SELECT FROM client_instances i WHERE i.organization_id = c.organization_id
+      AND i.client_id = c.client_id AND i.last_seen_at > now() - interval '1 day')) AS clients_offline;
+
+-- name: active_slots
+-- Read once a minute, or where that takes seconds more rarely. Index: work_slots_active.
+SELECT count(*) AS active_slots FROM work_slots s JOIN organizations o USING (organization_id)
+WHERE s.is_active AND (now() AT TIME ZONE o.time_zone)::date BETWEEN s.start_date AND s.end_date;

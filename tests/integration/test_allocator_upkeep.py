@@ -1,16 +1,19 @@
-"""What the allocator does by the clock: the rows of a new day, old request ids, gauges."""
+"""What the allocator does by the clock: sweeps, the rows of a new day, old request ids, gauges."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator
 
 import pytest
 
-from allocator import metrics
+from allocator import app, metrics
 from allocator.allocation_store import AllocationStore
 from allocator.gauges import Gauges
+from allocator.lease_store import LeaseStore
 from allocator.partitions import Partitions
 from allocator.upkeep import Upkeep
+from services.call import Role
 from services.postgres import Database
 from tests.support.allocator import Allocator
 from tests.support.services import StartService
@@ -29,6 +32,56 @@ async def upkeep(allocator: Allocator) -> AsyncIterator[Upkeep]:
     partitions = Partitions(database)
     yield Upkeep(database, AllocationStore(database, partitions), partitions)
     await database.close()
+
+
+async def test_an_organization_whose_rows_are_locked_does_not_keep_the_others_from_being_swept(
+    start_service: StartService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(app._SETTINGS, "lock_timeout", "300")
+    listed = LeaseStore.organizations_to_sweep
+    locked: list[uuid.UUID] = []
+
+    async def locked_first(store: LeaseStore) -> list[uuid.UUID]:
+        return sorted(await listed(store), key=lambda organization_id: organization_id not in locked)
+
+    monkeypatch.setattr(LeaseStore, "organizations_to_sweep", locked_first)
+    allocator = await Allocator.of(await start_service("allocator", leases={"sweep_seconds": 0.1}))
+    other = await Allocator.of(allocator.service)
+    other.operator = await allocator.service.metadata(Role.OPERATOR, "other")
+    other.worker = await allocator.service.metadata(Role.WORKER, "other")
+    units = []
+    for one in (allocator, other):
+        await one.slot()
+        units += await one.take()
+    locked.append(await allocator.service.organization_id())
+    mine, theirs = units
+    door = await allocator.connect()
+    async with door.transaction():
+        await door.execute("SELECT FROM daily_work_tracking WHERE organization_id = $1 FOR UPDATE", *locked)
+        await allocator.run_out(mine, theirs)
+        await other.swept(theirs)
+        assert [row["organization_id"] for row in await allocator.sql("SELECT organization_id FROM leases")] == locked
+    await door.close()
+    await allocator.swept(mine)
+    await allocator.check_invariants()
+
+
+async def test_an_organization_with_many_overdue_leases_does_not_hide_the_others(
+    allocator: Allocator, upkeep: Upkeep
+) -> None:
+    many, few = uuid.uuid4(), uuid.uuid4()
+    for organization, leases, hours in ((many, 1500, 2), (few, 1, 1)):
+        await allocator.sql(
+            "INSERT INTO leases (allocation_key, organization_id, lease_token, work_date, slot_id, client_id, "
+            "instance_number, granted_at, expires_at, renewable_until, sweep_at) "
+            "SELECT gen_random_uuid(), $1, gen_random_uuid(), now()::date, gen_random_uuid(), 'pc', 0, at, at, at, at "
+            "FROM generate_series(1, $2::integer), (SELECT now() - $3::integer * interval '1 hour' AS at) a",
+            organization,
+            leases,
+            hours,
+        )
+    store = LeaseStore(upkeep._database, upkeep._partitions)
+    assert sorted(await store.organizations_to_sweep()) == sorted([many, few])
 
 
 async def test_the_rows_of_a_new_day_are_made_for_slots_that_may_work(allocator: Allocator, upkeep: Upkeep) -> None:
@@ -93,7 +146,8 @@ async def test_the_gauges_read_what_the_tables_hold(allocator: Allocator, upkeep
         "UPDATE clients SET last_seen_at = now() - interval '1 hour', draining = true WHERE client_id = 'pc-4'"
     )
     await gauges.measure()
-    await gauges.measure_slowly()
+    await gauges.measure_clients()
+    await gauges.measure_slots()
     assert metrics.LIVE_LEASES._value.get() == 6
     assert metrics.OVERDUE_LEASES._value.get() == 0
     assert metrics.ACTIVE_SLOTS._value.get() == 1
@@ -109,3 +163,22 @@ async def test_the_gauges_read_what_the_tables_hold(allocator: Allocator, upkeep
     assert metrics.OVERDUE_LEASES._value.get() == 6
     assert metrics.OUTBOX_PENDING._value.get() == 1
     assert 90 <= metrics.OUTBOX_SECONDS._value.get() < 120
+
+
+async def test_a_client_that_said_goodbye_is_not_missed_until_it_speaks_again(
+    allocator: Allocator, upkeep: Upkeep
+) -> None:
+    gauges = Gauges(upkeep._database, upkeep._partitions)
+
+    async def missed() -> float:
+        for table in ("clients", "client_instances"):
+            await allocator.sql(f"UPDATE {table} SET last_seen_at = now() - interval '11 minutes'")
+        await gauges.measure_clients()
+        return float(metrics.CLIENTS.labels("offline")._value.get())
+
+    await allocator.heartbeat("pc-1")
+    assert await missed() == 1
+    await allocator.heartbeat("pc-1", goodbye=True)
+    assert await missed() == 0
+    await allocator.heartbeat("pc-1")
+    assert await missed() == 1
