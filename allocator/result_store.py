@@ -217,7 +217,7 @@ def _news(taken: Iterable[_Taken]) -> dict[str, News]:
             heard.crawl_delay_ms = submission.crawl_delay_ms
         if row["is_probe"]:
             heard.probe_key = submission.name.key
-            heard.probe_blocked = submission.status is Status.BLOCKED
+            heard.probe_went_well = submission.went_well
     return news
 
 

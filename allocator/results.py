@@ -85,6 +85,13 @@ class Submission:
         """What the persona store is told."""
         return PersonaUse(int(self.status)) if self.persona_used else PersonaUse.NOT_USED
 
+    @property
+    def went_well(self) -> bool | None:
+        """Whether the target took the run; None when that failed for a reason of the worker's or the network's."""
+        if self.exit_signal in (Signal.RATE_LIMITED, Signal.BLOCKED) or self.retry_after_ms:
+            return False
+        return None if self.status is Status.FAILED else self.status is Status.SUCCEEDED
+
 
 @dataclass(frozen=True, slots=True)
 class Acknowledgement:
