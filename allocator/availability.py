@@ -121,6 +121,10 @@ class OrganizationIndex:
     def outdate(self) -> None:
         """Notes that the database has more to offer, or less, than the index knows."""
         self._outdated = time.monotonic()
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets those who wait for work look again, which they do in the database; nobody else reads anew for it."""
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -389,6 +393,11 @@ class Availability:
         """Notes that an organization has more to offer, or less, than its index knows."""
         if (index := self._organizations.get(organization_id)) is not None:
             index.outdate()
+
+    def wake(self, organization_id: UUID) -> None:
+        """Lets those who wait for an organization's work look again."""
+        if (index := self._organizations.get(organization_id)) is not None:
+            index.wake()
 
     async def close(self) -> None:
         """Ends what goes on behind the indexes."""

@@ -62,7 +62,7 @@ OUTBOX_PENDING = Gauge("muster_allocator_outbox_pending", "Check-ins not deliver
 TARGET_TURNS = Counter(
     "muster_allocator_target_turns", "Targets that stopped or went on by what results said of them.", ["turn"]
 )
-TARGETS_PAUSED = Gauge("muster_allocator_targets_paused", "Targets paused for blocking.")
+TARGETS_PAUSED = Gauge("muster_allocator_targets_paused", "Targets paused for blocking or by their Retry-After.")
 TARGETS_HELD = Gauge("muster_allocator_targets_held", "Targets held by their Retry-After or by an operator.")
 QUARANTINED = Gauge("muster_allocator_quarantined_results", "Results in quarantine.")
 ACTIVE_SLOTS = Gauge("muster_allocator_active_slots", "Slots that are active and within their dates today.")

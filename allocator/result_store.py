@@ -83,9 +83,10 @@ class ResultStore(Store):
 
         async def plainly(connection: Connection) -> Recorded:
             answers: dict[UUID, Answer] = {}
-            if not await self._record(connection, organization_id, ordered, [], answers):
+            ended = await self._record(connection, organization_id, ordered, [], answers)
+            if ended["recorded"] < len(ordered) or ended["has_probe"]:
                 raise _NotPlainError
-            return Recorded([answers[submission.name.key] for submission in submissions], [])
+            return Recorded([answers[submission.name.key] for submission in submissions], [], frees=ended["frees"])
 
         async def apart(connection: Connection) -> Recorded:
             return await self._take_apart(connection, organization_id, submissions, ordered)
@@ -104,8 +105,8 @@ class ResultStore(Store):
         submissions: Sequence[Submission],
         faults: Sequence[Fault],
         answers: dict[UUID, Answer],
-    ) -> bool:
-        """Ends leases by their results, in key order; returns whether all stood and none is a target's probe."""
+    ) -> asyncpg.Record:
+        """Ends leases by their results, in key order; returns how many stood, and what came of it."""
         row = await connection.fetchrow(_SQL["record_results"], organization_id, *_arguments(submissions))
         assert row is not None
         at, late = row["recorded_at"], set(row["late"])
@@ -118,7 +119,7 @@ class ResultStore(Store):
             answers[submission.name.key] = in_time
         for key in late:
             answers[key] = Acknowledgement(Disposition.RECORDED_LATE, at)
-        return row["recorded"] == len(submissions) and not row["has_probe"]
+        return row
 
     async def _take_apart(
         self,
@@ -151,12 +152,16 @@ class ResultStore(Store):
         room: dict[Day, int] = {}
         if late:
             room = await lock_tracking(connection, organization_id, [result.day for result in (*standing, *late)])
+        faults = _faults((*standing, *late))
+        frees = False
         if standing:
             ending = [result.submission for result in standing]
-            await self._record(connection, organization_id, ending, _faults(standing), answers)
+            frees = (await self._record(connection, organization_id, ending, faults, answers))["frees"]
+        elif faults:
+            await self._health.report(connection, organization_id, faults, [])
         if late:
             await _record_late(connection, organization_id, late, room, answers)
-        return Recorded([answers[submission.name.key] for submission in submissions], turns)
+        return Recorded([answers[submission.name.key] for submission in submissions], turns, frees=frees)
 
 
 def _key(submission: Submission) -> UUID:
@@ -212,12 +217,12 @@ def _news(taken: Iterable[_Taken]) -> dict[str, News]:
             heard.crawl_delay_ms = submission.crawl_delay_ms
         if row["is_probe"]:
             heard.probe_key = submission.name.key
-            heard.probe_blocked = submission.status is Status.BLOCKED
+            heard.probe_went_well = submission.went_well
     return news
 
 
 def _faults(taken: Iterable[_Taken]) -> list[Fault]:
-    """Returns what the results say of pooled exits."""
+    """Returns what the results say of pooled exits; a late one too, since a run that hung until then says the most."""
     return [
         (result.row["exit_id"], result.row["target"], result.submission.exit_signal, result.submission.retry_after_ms)
         for result in taken

@@ -34,6 +34,9 @@ _SUBMIT_SECONDS = BATCH_SECONDS.labels("submit")
 _BATCH_CALLS = 64
 _BATCH_RESULTS = 1024
 _WAITING_CALLS = 4096
+# As they came; in memory they are several times as large.
+_BATCH_BYTES = 16 * 2**20
+_WAITING_BYTES = 64 * 2**20
 # While one batch waits for the disk another is made ready, if there is enough for it.
 _LANES = 2
 _LEAST_BESIDE_RESULTS = 128
@@ -82,6 +85,13 @@ class Submission:
         """What the persona store is told."""
         return PersonaUse(int(self.status)) if self.persona_used else PersonaUse.NOT_USED
 
+    @property
+    def went_well(self) -> bool | None:
+        """Whether the target took the run; None when that failed for a reason of the worker's or the network's."""
+        if self.exit_signal in (Signal.RATE_LIMITED, Signal.BLOCKED) or self.retry_after_ms:
+            return False
+        return None if self.status is Status.FAILED else self.status is Status.SUCCEEDED
+
 
 @dataclass(frozen=True, slots=True)
 class Acknowledgement:
@@ -97,10 +107,25 @@ Answer = Acknowledgement | DomainError
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What became of a batch: an answer for each submission, and the targets that stopped or go on by it."""
+    """What became of a batch.
+
+    Attributes:
+        answers: To each submission.
+        turns: Targets that stopped or go on by it.
+        frees: Whether a use of an exit, or a place of a target with a limit, came back by it.
+    """
 
     answers: list[Answer]
     turns: list[Turn]
+    frees: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one call submits; `size_bytes` as it came."""
+
+    submissions: Sequence[Submission]
+    size_bytes: int
 
 
 class Results:
@@ -118,25 +143,31 @@ class Results:
         self._clients = clients
         self._availability = availability
         self._reports = reports
-        self._queues: dict[UUID, Coalescer[Sequence[Submission], list[Answer]]] = {}
+        self._queues: dict[UUID, Coalescer[_Call, list[Answer]]] = {}
 
     async def submit(
-        self, organization_id: UUID, client: ClientIdentity, submissions: Sequence[Submission]
+        self, organization_id: UUID, client: ClientIdentity, submissions: Sequence[Submission], size_bytes: int
     ) -> list[Answer]:
         """Returns what was done with each result, or why it was refused.
 
         AllocationNotFound, LeaseTokenMismatch and LeaseLost (the unit was released) refuse single results.
 
+        Args:
+            organization_id: The tenant.
+            client: Who submits.
+            submissions: Of one call.
+            size_bytes: How large they were on the wire.
+
         Raises:
-            Overloaded: too many calls wait.
+            Overloaded: too many calls wait, or too many bytes of them.
             DatabaseUnavailable: nothing of the call was recorded, or its acknowledgement was lost.
         """
         await self._clients.meet(organization_id, client)
         queue = self._queues.get(organization_id)
         if queue is None:
 
-            async def run(calls: Sequence[Sequence[Submission]]) -> Sequence[list[Answer]]:
-                return await self._run(organization_id, calls)
+            async def run(calls: Sequence[_Call]) -> Sequence[list[Answer]]:
+                return await self._run(organization_id, [call.submissions for call in calls])
 
             queue = self._queues[organization_id] = Coalescer(
                 "submit",
@@ -144,10 +175,13 @@ class Results:
                 max_batch=_BATCH_CALLS,
                 max_waiting=_WAITING_CALLS,
                 lanes=_LANES,
-                weigh=len,
+                weigh=_results,
                 least_beside=_LEAST_BESIDE_RESULTS,
+                size=_size_bytes,
+                max_batch_bytes=_BATCH_BYTES,
+                max_waiting_bytes=_WAITING_BYTES,
             )
-        return await queue.submit(submissions)
+        return await queue.submit(_Call(submissions, size_bytes))
 
     async def close(self) -> None:
         """Waits for what was submitted."""
@@ -198,3 +232,13 @@ class Results:
             _log.info("target turned", target=turn.target, turn=turn.what, reason=turn.reason)
         if recorded.turns:
             self._availability.outdate(organization_id)
+        elif recorded.frees:
+            self._availability.wake(organization_id)
+
+
+def _results(call: _Call) -> int:
+    return len(call.submissions)
+
+
+def _size_bytes(call: _Call) -> int:
+    return call.size_bytes

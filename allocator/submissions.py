@@ -37,12 +37,15 @@ _SIGNALS: dict[int, Signal] = {
 }
 
 
-def submissions(checks: Checks, request: work_pb2.SubmitResultsRequest, client: ClientIdentity) -> list[Submission]:
-    """Checks the results of a request; to be used only after `checks.done`."""
+def submissions(
+    checks: Checks, request: work_pb2.SubmitResultsRequest, client: ClientIdentity
+) -> tuple[list[Submission], int]:
+    """Checks the results of a request; returns them, to be used only after `checks.done`, and the request's bytes."""
     checks.count("results", request.results, least=1, most=MOST_RESULTS)
     if (size := request.ByteSize()) > _MOST_BYTES:
         checks.fail("results", f"at most {_MOST_BYTES} bytes in all, is {size}")
-    return [_submission(checks, number, result, client) for number, result in enumerate(request.results[:MOST_RESULTS])]
+    results = request.results[:MOST_RESULTS]
+    return [_submission(checks, number, result, client) for number, result in enumerate(results)], size
 
 
 def answers_bytes(given: Sequence[Submission], answered: Sequence[Answer]) -> bytes:

@@ -56,11 +56,12 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         """Pages through targets."""
         checks = Checks()
         size = checks.page(request.page_size)
+        only = _target(checks, request.target) if request.target else None
         checks.done()
         organization_id = (await self._clients.caller()).organization_id
-        scope = f"ListTargets {organization_id} {request.only_stopped}"
+        scope = f"ListTargets {organization_id} {request.only_stopped} {only}"
         after = text_position(pages.decode(request.page_token, scope))
-        states = await self._targets.page(organization_id, after, size, only_stopped=request.only_stopped)
+        states = await self._targets.page(organization_id, after, size, only=only, only_stopped=request.only_stopped)
         token = pages.encode([states[-1].target], scope) if len(states) == size else ""
         return target_pb2.ListTargetsResponse(targets=[_message(state) for state in states], next_page_token=token)
 

@@ -16,12 +16,22 @@ if TYPE_CHECKING:
 
 _SQL = queries("allocator", "targets.sql")
 
+# In one round of the upkeep, of which there is one a minute.
+_FORGOTTEN = 1000
+_TURNS = (
+    ("begins", "paused"),
+    ("is_bad", "probe_refused"),
+    ("is_void", "probe_void"),
+    ("is_good", "resumed"),
+    ("is_held", "held"),
+)
+
 
 class TargetStore(Store):
     """Keeps what operators say of targets."""
 
     async def set_policy(self, organization_id: UUID, target: str, policy: TargetPolicy) -> TargetState:
-        """Sets a policy, registering the target if need be; returns it."""
+        """Sets a policy, registering the target if need be; returns it. A delay in force becomes no longer by it."""
 
         async def work(connection: Connection) -> TargetState:
             await connection.execute(
@@ -46,7 +56,7 @@ class TargetStore(Store):
         return await self.atomically(work)
 
     async def resume(self, organization_id: UUID, target: str) -> TargetState:
-        """Ends hold and pause and returns the target. Raises: TargetNotFound."""
+        """Ends hold, pause and delay and returns the target. Raises: TargetNotFound."""
 
         async def work(connection: Connection) -> TargetState:
             if await connection.fetchrow(_SQL["resume_target"], organization_id, target) is None:
@@ -56,10 +66,10 @@ class TargetStore(Store):
         return await self.atomically(work)
 
     async def page(
-        self, organization_id: UUID, after: str | None, size: int, *, only_stopped: bool
+        self, organization_id: UUID, after: str | None, size: int, *, only: str | None, only_stopped: bool
     ) -> list[TargetState]:
-        """Returns targets by name."""
-        rows = await self.database.fetch(_SQL["page_of_targets"], organization_id, after, only_stopped, size, None)
+        """Returns targets by name, or `only` one if it is known."""
+        rows = await self.database.fetch(_SQL["page_of_targets"], organization_id, after, only_stopped, size, only)
         return [TargetState(**row) for row in rows]
 
     async def stopped(self) -> tuple[int, int]:
@@ -67,6 +77,10 @@ class TargetStore(Store):
         row = await self.database.fetchrow(_SQL["stopped_targets"])
         assert row is not None
         return row["paused"], row["held"]
+
+    async def forget(self) -> None:
+        """Forgets targets of all organizations that nothing was said of for a day; a bounded number at a time."""
+        await self.database.execute(_SQL["forget_targets"], _FORGOTTEN)
 
 
 async def react(
@@ -118,12 +132,11 @@ async def react(
         [reason for *_, reason, _ in moves],
         [counted_from for *_, counted_from in moves],
         [entry.probe_key for _, entry, *_ in moves],
-        [entry.probe_blocked for _, entry, *_ in moves],
+        [entry.probe_went_well for _, entry, *_ in moves],
         back_off.base_seconds,
         back_off.limit_seconds,
     )
-    kinds = (("begins", "paused"), ("is_bad", "probe_blocked"), ("is_good", "resumed"), ("is_held", "held"))
-    return [Turn(row["target"], what, row["reason"]) for row in moved for column, what in kinds if row[column]]
+    return [Turn(row["target"], what, row["reason"]) for row in moved for column, what in _TURNS if row[column]]
 
 
 async def _state(connection: Connection, organization_id: UUID, target: str) -> TargetState:

@@ -1,10 +1,12 @@
 """Targets: how politely the fleet treats them, and how it backs off when they block.
 
-open ──block rate passes──> paused ──probe_at, one probe──> open, when its result was not blocked
-                              ^                    └──> paused for twice as long, when it was
+open ──block rate passes, or a Retry-After──> paused ──probe_at, one probe──> open, when it succeeded
+                                                ^                     ├──> paused for twice as long, when it was refused
+                                                └── another probe ────┘    when it says nothing of the target
 
-Apart from that a target is held until a moment, by its own Retry-After or by an operator. All of it stands in the
-database, so it binds the whole fleet; who reserves work has read it under a lock.
+Apart from that a target is held until a moment, by its own Retry-After or by an operator; a Retry-After only holds a
+target that is not to be paused. All of it stands in the database, so it binds the whole fleet; who reserves work has
+read it under a lock.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class TargetPolicy:
     Attributes:
         max_in_flight: The most units under lease at once; None for no limit.
         min_delay_ms: The least time between two units.
-        auto_pause: Whether it is paused when it blocks.
+        auto_pause: Whether it is paused when it blocks, or asks to be left alone.
     """
 
     max_in_flight: int | None = None
@@ -122,7 +124,7 @@ class News:
         retry_after_ms: The longest that it asked to be left alone; None when it did not.
         crawl_delay_ms: The delay it asked for last; None when it did not.
         probe_key: The allocation of a probe among them.
-        probe_blocked: Whether that was blocked.
+        probe_went_well: Whether it shows that the target takes runs again; None when it says nothing of the target.
     """
 
     slot_id: UUID | None
@@ -131,7 +133,7 @@ class News:
     retry_after_ms: int | None = None
     crawl_delay_ms: int | None = None
     probe_key: UUID | None = None
-    probe_blocked: bool = False
+    probe_went_well: bool | None = None
 
     def matter(self) -> bool:
         """Whether they may change anything."""
@@ -145,7 +147,7 @@ class News:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A target that stopped, or goes on; `what` is held, paused, resumed or probe_blocked."""
+    """A target that stopped, or goes on; `what` is held, paused, resumed, probe_refused or probe_void."""
 
     target: str
     what: str
@@ -165,7 +167,7 @@ class Targets:
         self._availability = availability
 
     async def set_policy(self, organization_id: UUID, target: str, policy: TargetPolicy) -> TargetState:
-        """Sets a policy and returns the target. Raises: DatabaseUnavailable."""
+        """Sets a whole policy in the place of the last one and returns the target. Raises: DatabaseUnavailable."""
         state = await self._store.set_policy(organization_id, target, policy)
         self._availability.outdate(organization_id)
         return state
@@ -177,7 +179,7 @@ class Targets:
         return state
 
     async def resume(self, organization_id: UUID, target: str) -> TargetState:
-        """Ends a hold and a pause; results from before count no more.
+        """Ends a hold and a pause, and forgets the target's own delay; results from before count no more.
 
         Raises:
             TargetNotFound: nothing is known of it.
@@ -188,10 +190,10 @@ class Targets:
         return state
 
     async def page(
-        self, organization_id: UUID, after: str | None, size: int, *, only_stopped: bool
+        self, organization_id: UUID, after: str | None, size: int, *, only: str | None, only_stopped: bool
     ) -> list[TargetState]:
-        """Returns targets by name. Raises: DatabaseUnavailable."""
-        return await self._store.page(organization_id, after, size, only_stopped=only_stopped)
+        """Returns targets by name, or `only` one if it is known. Raises: DatabaseUnavailable."""
+        return await self._store.page(organization_id, after, size, only=only, only_stopped=only_stopped)
 
     async def measure(self) -> None:
         """Reads the gauges. Raises: DatabaseUnavailable."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from allocator import metrics
+from allocator.target_store import TargetStore
 from services import requests
 from services.errors import DatabaseUnavailable
 from services.postgres import queries
@@ -50,6 +51,7 @@ class Upkeep:
             while not await self._store.track_day(row["organization_id"], row["work_date"]):
                 continue
         await self._database.execute(_SQL["forget_tracked_days"], _TRACKED_DAYS)
+        await TargetStore(self._database, self._partitions).forget()
         async with self._database.connection() as connection:
             while await requests.forget_old(connection):
                 continue

@@ -119,9 +119,9 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         """Records results; the answer is encoded."""
         checks = Checks()
         client = client_identity(checks, request, context)
-        given = submissions(checks, request, client)
+        given, size = submissions(checks, request, client)
         checks.done()
-        answered = await self._results.submit((await self._clients.caller()).organization_id, client, given)
+        answered = await self._results.submit((await self._clients.caller()).organization_id, client, given, size)
         return answers_bytes(given, answered)
 
     async def Heartbeat(self, request: work_pb2.HeartbeatRequest, context: Context) -> work_pb2.HeartbeatResponse:

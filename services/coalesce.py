@@ -6,6 +6,7 @@ No timer and no added delay at low load; at high load one round trip and one com
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
@@ -49,6 +50,9 @@ class Coalescer(Generic[Item, Result]):
         weigh: What an item counts for `least_beside`; 1 each by default.
         least_beside: A batch begins beside another only when what waits weighs as much: the answer to one call's wait
             for the disk is another batch, but not one of a single call.
+        size: How many bytes an item holds; 0 each by default.
+        max_batch_bytes: The most bytes a batch takes, but always one item.
+        max_waiting_bytes: The most bytes that may wait; an item that would pass it is refused.
     """
 
     def __init__(
@@ -61,6 +65,9 @@ class Coalescer(Generic[Item, Result]):
         lanes: int = 1,
         weigh: Callable[[Item], int] = lambda _: 1,
         least_beside: int = 1,
+        size: Callable[[Item], int] = lambda _: 0,
+        max_batch_bytes: int = sys.maxsize,
+        max_waiting_bytes: int = sys.maxsize,
     ) -> None:
         self._name = name
         self._run = run
@@ -70,7 +77,11 @@ class Coalescer(Generic[Item, Result]):
         self._free_lanes = lanes
         self._weigh = weigh
         self._least_beside = least_beside
+        self._size = size
+        self._max_batch_bytes = max_batch_bytes
+        self._max_waiting_bytes = max_waiting_bytes
         self._weight = 0
+        self._waiting_bytes = 0
         self._waiting: deque[tuple[Item, asyncio.Future[Result], float]] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._batch_items = BATCH_ITEMS.labels(name)
@@ -80,7 +91,7 @@ class Coalescer(Generic[Item, Result]):
         """Returns what the batch made of `item`.
 
         Raises:
-            Overloaded: `max_waiting` items wait already.
+            Overloaded: `max_waiting` items wait already, or too many bytes with this one.
             BaseException: what `run` returned or raised for the item.
         """
         if len(self._waiting) >= self._max_waiting:
@@ -90,10 +101,19 @@ class Coalescer(Generic[Item, Result]):
                 queue=self._name,
                 limit=str(self._max_waiting),
             )
+        size = self._size(item)
+        if self._waiting_bytes + size > self._max_waiting_bytes:
+            raise Overloaded(
+                f"{self._name}: {self._waiting_bytes} bytes wait already, and at most {self._max_waiting_bytes} may",
+                retry_after_seconds=0.25,
+                queue=self._name,
+                limit_bytes=str(self._max_waiting_bytes),
+            )
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         self._waiting.append((item, future, loop.time()))
         self._weight += self._weigh(item)
+        self._waiting_bytes += size
         if self._free_lanes and (self._free_lanes == self._lanes or self._weight >= self._least_beside):
             self._free_lanes -= 1
             # In a context of its own: a batch is nobody's call, and must not run on the deadline of whoever came first.
@@ -112,13 +132,20 @@ class Coalescer(Generic[Item, Result]):
             # What is too little to go beside another batch is taken by whoever ends last.
             while self._waiting and (self._free_lanes == self._lanes - 1 or self._weight >= self._least_beside):
                 batch: list[tuple[Item, asyncio.Future[Result]]] = []
+                batch_bytes = 0
                 first_at = 0.0
                 while self._waiting and len(batch) < self._max_batch:
-                    item, future, at = self._waiting.popleft()
+                    item, future, at = self._waiting[0]
+                    size = self._size(item)
+                    if batch and batch_bytes + size > self._max_batch_bytes:
+                        break
+                    self._waiting.popleft()
                     self._weight -= self._weigh(item)
+                    self._waiting_bytes -= size
                     if not future.cancelled():
                         first_at = first_at or at
                         batch.append((item, future))
+                        batch_bytes += size
                 if batch:
                     self._wait_seconds.observe(asyncio.get_running_loop().time() - first_at)
                     await self._handle(batch)

@@ -17,14 +17,15 @@ WHERE h.organization_id = $1 AND h.exit_id = w.exit_id AND h.target = w.target;
 -- name: cool_exits
 -- Lets exits cool down for targets: the signal's base, doubled with every further fault in a row, up to a limit, and at
 -- least as long as the target asked for. A fault reported during a cool-down comes of a run that went out before it: it
--- does not count again, but may move the end. $1 organization, $2 exits, $3 targets, $4 signals, $5 seconds that the
--- target asked for or 0: by exit and target, each pair once. $6 to $8 the bases of rate_limited, blocked and transport,
--- $9 the limit, in seconds. Index: primary key.
+-- does not count again, but may move the end. An exit of a late result may be gone. $1 organization, $2 exits,
+-- $3 targets, $4 signals, $5 seconds that the target asked for or 0: by exit and target, each pair once. $6 to $8 the
+-- bases of rate_limited, blocked and transport, $9 the limit, in seconds. Index: primary key; exits_exit_id.
 INSERT INTO exit_health AS h (organization_id, exit_id, target, signal, faults, cooling_until)
 SELECT $1, u.exit_id, u.target, u.signal, 1, statement_timestamp() + interval '1 second' * greatest(u.asked,
   least($9::float8, CASE u.signal WHEN 1 THEN $6::float8 WHEN 2 THEN $7::float8 ELSE $8::float8 END))
 FROM unnest($2::uuid[], $3::text[], $4::smallint[], $5::float8[])
   WITH ORDINALITY AS u (exit_id, target, signal, asked, place)
+WHERE EXISTS (SELECT FROM exits e WHERE e.organization_id = $1 AND e.exit_id = u.exit_id)
 ORDER BY u.place
 ON CONFLICT (organization_id, exit_id, target) DO UPDATE
 SET signal = excluded.signal, reported_at = statement_timestamp(),

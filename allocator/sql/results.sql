@@ -34,9 +34,9 @@ FOR UPDATE;
 -- who submits in $15 to $18; as empty arrays if they have nothing to tell, with NULL where one has not: $7 block types,
 -- $8 settings, $9 addresses of the exits, $10 retry-after in milliseconds, $11 errors, $12 whether the persona was used,
 -- $13 numbers of products, $14 exit signals. $15 clients, $16 addresses, $17 instances, $18 user folders. Returns when,
--- how many, the keys of those that came late, whether a paused target waits for one of them, and the exits that served
--- well if any exit of the organization had a fault. Index: primary keys; daily_work_tracking_slot;
--- exits_exit_id; targets_probe.
+-- how many, the keys of those that came late, whether a paused target waits for one of them, whether more may go out by
+-- them, since an exit's use or a place of a target with a limit came back, and the exits that served well if any exit of
+-- the organization had a fault. Index: primary keys; daily_work_tracking_slot; exits_exit_id; targets_probe.
 WITH given AS MATERIALIZED (
   SELECT * FROM unnest($2::text::uuid[], $3::text::uuid[], $4::text::smallint[], $5::text::integer[],
     $6::text::smallint[], $7::text::text[], $8::text::text[], $9::text::text[], $10::text::integer[], $11::text::text[],
@@ -115,6 +115,9 @@ SELECT statement_timestamp() AS recorded_at, (SELECT count(*) FROM gone) AS reco
   ARRAY(SELECT allocation_key FROM gone WHERE late) AS late,
   EXISTS (SELECT FROM targets t JOIN given g ON g.key = t.probe_key
     WHERE t.organization_id = $1 AND t.probe_key IS NOT NULL) AS has_probe,
+  EXISTS (SELECT FROM returning_exits) OR EXISTS (SELECT FROM targets t
+    WHERE t.organization_id = $1 AND t.target = ANY (ARRAY(SELECT DISTINCT target FROM gone WHERE target <> ''))
+      AND t.max_in_flight IS NOT NULL) AS frees,
   ARRAY(SELECT (exit_id, target) FROM gone WHERE exit_id IS NOT NULL AND outcome = 2 AND signal IS NULL
     AND EXISTS (SELECT FROM exit_health WHERE organization_id = $1)) AS served_well;
 

@@ -24,7 +24,7 @@ def target() -> None:
 @json_option
 @connected
 async def list_targets(client: Client, stopped: bool, as_json: bool) -> None:
-    """List the targets that have a policy, asked for a delay, or were ever held or paused."""
+    """List the targets that have a policy, asked for a delay, or are or lately were held or paused."""
     _show([one async for one in client.targets.list(only_stopped=stopped, page_size=1000)], as_json)
 
 
@@ -32,18 +32,24 @@ async def list_targets(client: Client, stopped: bool, as_json: bool) -> None:
 @click.argument("name")
 @click.option("--max-in-flight", type=click.IntRange(0, 2**32 - 1), help="The most units under lease; 0 for no limit.")
 @click.option("--min-delay", callback=parsed_duration, help="The least time between two units, such as 2s.")
-@click.option("--auto-pause/--no-auto-pause", default=None, help="Whether it is left alone when it blocks.")
+@click.option(
+    "--auto-pause/--no-auto-pause",
+    default=None,
+    help="Whether it is paused when it blocks or asks to be left alone, and resumes by a probe.",
+)
 @json_option
 @connected
 async def policy(client: Client, /, name: str, as_json: bool, **given: int | timedelta | bool | None) -> None:
-    """Say how politely a target is treated; what is not named stays as it is."""
-    stands = TargetPolicy()
-    async for one in client.targets.list(page_size=1000):
-        if one.target == name:
-            stands = one.policy
+    """Say how politely a target is treated from now on; what is not named stays as it is.
+
+    The policy is read, changed and set as a whole: of two operators at once the last one wins.
+    """
     changes = {field: value for field, value in given.items() if value is not None}
     if not changes:
         raise click.UsageError("nothing to change: name --max-in-flight, --min-delay or --auto-pause")
+    stands = TargetPolicy()
+    async for one in client.targets.list(target=name):
+        stands = one.policy
     changed = dataclasses.replace(stands, **changes)  # type: ignore[arg-type]
     _show([await client.targets.set_policy(name, changed)], as_json)
 
@@ -64,7 +70,7 @@ async def hold(client: Client, name: str, duration: timedelta, reason: str, as_j
 @json_option
 @connected
 async def resume(client: Client, name: str, as_json: bool) -> None:
-    """End a hold, a Retry-After and a pause at once."""
+    """End a hold, a Retry-After, a pause and a delay in force at once, and forget the target's own crawl delay."""
     _show([await client.targets.resume(name)], as_json)
 
 

@@ -16,6 +16,7 @@ from tests.support.allocator import Allocator, lease, result, until
 from tests.support.services import StartService
 
 SUCCEEDED = work_pb2.WORK_OUTCOME_SUCCEEDED
+FAILED = work_pb2.WORK_OUTCOME_FAILED
 BLOCKED = work_pb2.WORK_OUTCOME_BLOCKED
 HELD = work_pb2.BLOCKER_KIND_TARGET_HELD
 PAUSED = work_pb2.BLOCKER_KIND_TARGET_PAUSED
@@ -36,6 +37,15 @@ class Fleet:
         """Sets a policy."""
         request = target_pb2.SetTargetPolicyRequest(target=target, policy=target_pb2.TargetPolicy(**values))
         await self.targets.SetTargetPolicy(request, metadata=self.first.operator)
+
+    async def hold(self, seconds: int) -> None:
+        """Holds the shop, as an operator."""
+        request = target_pb2.HoldTargetRequest(target=SHOP, duration=Duration(seconds=seconds))
+        await self.targets.HoldTarget(request, metadata=self.first.operator)
+
+    async def resume(self, target: str = SHOP) -> None:
+        """Resumes a target, as an operator."""
+        await self.targets.ResumeTarget(target_pb2.ResumeTargetRequest(target=target), metadata=self.first.operator)
 
     async def state(self, target: str = SHOP) -> target_pb2.TargetState:
         """Reads a target."""
@@ -92,17 +102,89 @@ async def test_a_retry_after_stops_the_target_for_the_whole_fleet_and_no_other(f
     )
     await fleet.stopped(HELD)
     state = await fleet.state()
-    assert (state.HasField("held_until"), state.HasField("paused_at")) == (True, False)
+    assert (state.held_until, state.HasField("paused_at"), state.pauses) == (state.probe_at, True, 1)
     assert state.reason == "the target asked to be left alone for 90 s"
     for replica in fleet.replicas:
         assert (await replica.take(target="other.example"))[0].target == "other.example"
         assert {unit.target for unit in await replica.take(20)} == {"other.example"}
     # A shorter one does not shorten it, and runs that are out may end well: the target's word stands.
     await fleet.submit(others[:4], retry_after=Duration(seconds=1))
-    assert (await fleet.state()).held_until == state.held_until
+    assert (await fleet.state()) == state
+    await fleet.stopped(HELD)
+
+
+async def test_after_a_retry_after_one_unit_goes_out_until_its_result(fleet: Fleet) -> None:
+    await fleet.first.slot(target=SHOP, daily_quota=1000)
+    asking, longer, *_ = await fleet.first.take(6)
+    await fleet.first.submit(result(asking, FAILED, retry_after=Duration(seconds=90)))
+    # A longer one from a run that was out already lengthens it.
+    await fleet.replicas[1].submit(result(longer, FAILED, retry_after=Duration(seconds=300)))
+    state = await fleet.state()
+    assert (state.held_until, state.pauses) == (state.probe_at, 1)
+    assert state.reason == "the target asked to be left alone for 300 s"
+    await fleet.pass_time(91)
+    await fleet.stopped(HELD)
+    await fleet.pass_time(210)
+    probe = await _probe(fleet)
+    await fleet.stopped(PAUSED)
+    await fleet.replicas[1].submit(result(probe))
+    state = await fleet.state()
+    assert (state.HasField("paused_at"), state.pauses, state.reason) == (False, 0, "")
+    for replica in fleet.replicas:
+        await until(lambda replica=replica: _has_work(replica))  # type: ignore[misc]
+
+
+async def test_a_retry_after_only_holds_a_target_that_is_not_to_be_paused(fleet: Fleet) -> None:
+    await fleet.first.slot(target=SHOP, daily_quota=1000)
+    await fleet.policy(SHOP, auto_pause=False)
+    (unit,) = await fleet.first.take()
+    await fleet.first.submit(result(unit, BLOCKED, retry_after=Duration(seconds=90)))
+    state = await fleet.state()
+    assert (state.HasField("held_until"), state.HasField("paused_at"), state.HasField("probe_at")) == (
+        True,
+        False,
+        False,
+    )
     await fleet.stopped(HELD)
     await fleet.pass_time(91)
-    await until(lambda: _has_work(fleet.replicas[1]))
+    for replica in fleet.replicas:
+        await until(lambda replica=replica: _has_work(replica))  # type: ignore[misc]
+
+
+async def test_an_operators_hold_ends_without_a_probe_and_ends_no_pause(fleet: Fleet) -> None:
+    await fleet.first.slot(target=SHOP, daily_quota=1000)
+    (unit,) = await fleet.first.take()
+    await fleet.hold(60)
+    await fleet.stopped(HELD)
+    assert not (await fleet.state()).HasField("paused_at")
+    await fleet.pass_time(61)
+    for replica in fleet.replicas:
+        await until(lambda replica=replica: _has_work(replica))  # type: ignore[misc]
+    await fleet.first.submit(result(unit, FAILED, retry_after=Duration(seconds=90)))
+    # An earlier end than that of the Retry-After.
+    await fleet.hold(10)
+    await fleet.pass_time(11)
+    await fleet.stopped(PAUSED)
+    await fleet.pass_time(80)
+    probe = await _probe(fleet)
+    # A good probe ends the pause, and not what the operator said since.
+    await fleet.hold(60)
+    await fleet.first.submit(result(probe))
+    state = await fleet.state()
+    assert (state.HasField("paused_at"), state.HasField("held_until")) == (False, True)
+
+
+async def test_a_block_rate_and_a_retry_after_at_once_wait_for_the_longer(fleet: Fleet) -> None:
+    await fleet.first.slot(target=SHOP, daily_quota=1000)
+    units = await fleet.first.take(12)
+    await fleet.first.submit(*(result(unit, BLOCKED, retry_after=Duration(seconds=600)) for unit in units))
+    state = await fleet.state()
+    assert (state.held_until, state.pauses) == (state.probe_at, 1)
+    assert state.reason == "12 of the last 12 results within 10 minutes were blocked"
+    await fleet.resume()
+    units = await fleet.first.take(12)
+    await fleet.first.submit(*(result(unit, BLOCKED, retry_after=Duration(seconds=5)) for unit in units))
+    assert 50 < await fleet.wait_seconds() <= 60
 
 
 @pytest.mark.parametrize(
@@ -145,9 +227,8 @@ async def test_results_count_only_within_the_window_and_since_the_last_resumptio
     await fleet.first.sql("UPDATE work_results SET created_at = created_at - interval '601 seconds'")
     await fleet.submit(units[9:18], 9)
     assert not await fleet.first.sql("SELECT FROM targets WHERE paused_at IS NOT NULL")
-    request = target_pb2.HoldTargetRequest(target=SHOP, duration=Duration(seconds=1))
-    await fleet.targets.HoldTarget(request, metadata=fleet.first.operator)
-    await fleet.targets.ResumeTarget(target_pb2.ResumeTargetRequest(target=SHOP), metadata=fleet.first.operator)
+    await fleet.hold(1)
+    await fleet.resume()
     await fleet.submit(units[18:27], 9)
     assert not (await fleet.state()).HasField("paused_at")
     await fleet.submit(units[27:28], 1)
@@ -197,9 +278,68 @@ async def test_each_probe_that_is_blocked_doubles_the_wait_up_to_the_limit(fleet
         probe = await _probe(fleet)
         await fleet.replicas[pauses % 2].submit(result(probe, BLOCKED))
         state = await fleet.state()
-        assert (state.pauses, state.reason) == (pauses, "the probe was blocked")
+        assert (state.pauses, state.reason) == (pauses, "the probe was refused")
         assert wait - 10 < await fleet.wait_seconds() <= wait
         await fleet.stopped(PAUSED)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "values", "wait"),
+    [
+        (FAILED, {"exit_signal": work_pb2.EXIT_SIGNAL_RATE_LIMITED}, 120),
+        (FAILED, {"exit_signal": work_pb2.EXIT_SIGNAL_BLOCKED}, 120),
+        (FAILED, {"exit_signal": work_pb2.EXIT_SIGNAL_RATE_LIMITED, "retry_after": Duration(seconds=600)}, 600),
+        (FAILED, {"retry_after": Duration(seconds=1)}, 120),
+        (SUCCEEDED, {"retry_after": Duration(seconds=1)}, 120),
+        (BLOCKED, {"exit_signal": work_pb2.EXIT_SIGNAL_TRANSPORT_ERROR}, 120),
+    ],
+)
+async def test_a_probe_that_the_target_refuses_leaves_it_paused(
+    fleet: Fleet, outcome: int, values: dict[str, Any], wait: int
+) -> None:
+    await fleet.first.slot(target=SHOP, daily_quota=1000)
+    await fleet.submit(await fleet.first.take(10), 10)
+    await fleet.pass_time(61)
+    probe = await _probe(fleet)
+    await fleet.replicas[1].submit(result(probe, outcome, **values))
+    state = await fleet.state()
+    assert (state.HasField("paused_at"), state.pauses) == (True, 2)
+    assert wait - 10 < await fleet.wait_seconds() <= wait
+    assert not await _rush(fleet, 3)
+
+
+@pytest.mark.parametrize("values", [{}, {"exit_signal": work_pb2.EXIT_SIGNAL_TRANSPORT_ERROR}])
+async def test_a_probe_that_fails_by_itself_is_followed_by_another_at_once(
+    fleet: Fleet, values: dict[str, Any]
+) -> None:
+    await fleet.first.slot(target=SHOP, daily_quota=1000)
+    await fleet.submit(await fleet.first.take(10), 10)
+    await fleet.pass_time(61)
+    paused = await fleet.state()
+    for number in range(3):
+        await fleet.replicas[number % 2].submit(result(await _probe(fleet), FAILED, **values))
+        assert await fleet.state() == paused
+    await fleet.first.submit(result(await _probe(fleet)))
+    assert not (await fleet.state()).HasField("paused_at")
+
+
+async def test_a_good_probe_does_not_outweigh_a_retry_after_that_came_since(fleet: Fleet) -> None:
+    await fleet.first.slot(target=SHOP, daily_quota=1000)
+    in_flight = await fleet.first.take(2)
+    await fleet.submit(await fleet.first.take(10), 10)
+    await fleet.pass_time(61)
+    probe = await _probe(fleet)
+    await fleet.replicas[1].submit(result(in_flight[0], FAILED, retry_after=Duration(seconds=90)))
+    await fleet.first.submit(result(probe))
+    state = await fleet.state()
+    assert (state.held_until, state.HasField("paused_at"), state.pauses) == (state.probe_at, True, 1)
+    await fleet.pass_time(91)
+    probe = await _probe(fleet)
+    # Nor one that comes with it.
+    await fleet.first.submit(result(probe), result(in_flight[1], FAILED, retry_after=Duration(seconds=90)))
+    await fleet.pass_time(91)
+    await fleet.first.submit(result(await _probe(fleet)))
+    assert not (await fleet.state()).HasField("paused_at")
 
 
 async def test_a_probe_that_is_lost_is_followed_by_another(fleet: Fleet) -> None:
@@ -287,6 +427,37 @@ async def test_the_least_delay_lies_between_any_two_units_of_the_fleet(fleet: Fl
     assert min(gaps) >= 0.2
 
 
+async def test_a_shorter_delay_holds_from_now_on(fleet: Fleet) -> None:
+    await fleet.first.slot(target=SHOP, daily_quota=1000)
+    await fleet.policy(SHOP, min_delay=Duration(seconds=3600))
+    (unit,) = await fleet.first.take()
+    await fleet.stopped(BUSY)
+    await fleet.policy(SHOP, min_delay=Duration(nanos=1_000_000))
+    await until(lambda: _has_work(fleet.replicas[1]))
+    # Whoever says it.
+    await fleet.first.submit(result(unit, crawl_delay=Duration(seconds=3600)))
+    taken: list[work_pb2.Allocation] = []
+    await until(lambda: _takes(fleet.first, taken))
+    await fleet.stopped(BUSY)
+    await fleet.first.submit(result(taken[0], crawl_delay=Duration(nanos=1_000_000)))
+    await until(lambda: _has_work(fleet.replicas[1]))
+
+
+@pytest.mark.parametrize("target", [SHOP, ""])
+async def test_a_resumption_forgets_a_delay_that_the_target_never_asked_for(fleet: Fleet, target: str) -> None:
+    slot = await fleet.first.slot(target=target, daily_quota=1000)
+    name = target or f"slot:{slot.slot_id}"
+    (unit,) = await fleet.first.take()
+    await fleet.first.submit(result(unit, crawl_delay=Duration(seconds=3600)))
+    await fleet.first.take()
+    await fleet.stopped(BUSY, target)
+    await fleet.resume(name)
+    state = await fleet.state(name)
+    assert not state.HasField("crawl_delay")
+    for replica in fleet.replicas:
+        await until(lambda replica=replica: _has_work(replica, target))  # type: ignore[misc]
+
+
 async def test_a_slot_without_a_target_is_a_target_of_its_own(fleet: Fleet) -> None:
     bad = await fleet.first.slot(daily_quota=1000)
     units = await fleet.first.take(12)
@@ -333,8 +504,8 @@ async def _rush(fleet: Fleet, calls: int) -> list[work_pb2.Allocation]:
     return [unit for answer in answers for unit in answer.allocations]
 
 
-async def _has_work(replica: Allocator) -> bool:
-    return bool((await replica.ask(target=SHOP)).allocations)
+async def _has_work(replica: Allocator, target: str = SHOP) -> bool:
+    return bool((await replica.ask(target=target)).allocations)
 
 
 async def _takes(replica: Allocator, taken: list[work_pb2.Allocation]) -> bool:

@@ -182,6 +182,55 @@ async def test_retry_after_of_a_result_lengthens_its_exits_cool_down(allocator: 
     assert await seconds_left(allocator) == pytest.approx(600, abs=5)
 
 
+@pytest.mark.parametrize("has_room", [True, False])
+async def test_a_late_result_tells_of_its_exit_once(start_service: StartService, has_room: bool) -> None:
+    service = await start_service("allocator", leases={"sweep_seconds": 0.05}, cool_down=COOL_DOWN)
+    allocator = await Allocator.of(service)
+    await allocator.slot(without_exit=False, target="shop", daily_quota=1)
+    await allocator.add_exits(1)
+    (unit,) = await allocator.take()
+    await allocator.run_out(unit)
+    await allocator.swept(unit)
+    if not has_room:
+        await allocator.take()
+    (answer,) = await allocator.submit(result(unit, FAILED, exit_signal=TRANSPORT))
+    assert answer.disposition == (
+        work_pb2.RESULT_DISPOSITION_RECORDED_LATE if has_room else work_pb2.RESULT_DISPOSITION_QUARANTINED
+    )
+    (entry,) = await standings(allocator)
+    assert (entry.exit_id, entry.target, entry.signal, entry.faults) == (unit.exit.exit_id, "shop", TRANSPORT, 1)
+    await warm_up(allocator)
+    await allocator.submit(result(unit, FAILED, exit_signal=TRANSPORT))
+    assert await seconds_left(allocator) < 0
+
+
+async def test_a_late_fault_counts_beside_runs_of_its_batch_that_went_well(start_service: StartService) -> None:
+    service = await start_service("allocator", leases={"sweep_seconds": 0.05}, cool_down=COOL_DOWN)
+    allocator = await Allocator.of(service)
+    await allocator.slot(without_exit=False, target="shop")
+    await allocator.add_exits(1)
+    late, good = await allocator.take(2)
+    await allocator.run_out(late)
+    await allocator.swept(late)
+    await allocator.submit(result(late, FAILED, exit_signal=TRANSPORT), result(good))
+    (entry,) = await standings(allocator)
+    assert (entry.signal, entry.faults) == (TRANSPORT, 1)
+
+
+async def test_the_late_result_of_an_exit_that_is_gone_is_taken_all_the_same(start_service: StartService) -> None:
+    service = await start_service("allocator", leases={"sweep_seconds": 0.05}, cool_down=COOL_DOWN)
+    allocator = await Allocator.of(service)
+    await allocator.slot(without_exit=False, target="shop")
+    await allocator.add_exits(1)
+    (unit,) = await allocator.take()
+    await allocator.run_out(unit)
+    await allocator.swept(unit)
+    await allocator.sql("DELETE FROM exits")
+    (answer,) = await allocator.submit(result(unit, FAILED, exit_signal=TRANSPORT))
+    assert answer.disposition == work_pb2.RESULT_DISPOSITION_RECORDED_LATE
+    assert not await allocator.sql("SELECT FROM exit_health")
+
+
 async def test_a_cooling_exit_serves_other_targets(allocator: Allocator) -> None:
     await allocator.slot(without_exit=False, target="shop")
     await allocator.slot(without_exit=False, target="mart", keyword="b")

@@ -13,9 +13,11 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from muster.allocator.v1 import exit_pb2, work_pb2
+from muster.allocator.v1 import exit_pb2, target_pb2, target_pb2_grpc, work_pb2
 
-from tests.support.allocator import Allocator, result
+from allocator.allocation import Allocation
+from allocator.blockers import NoWork
+from tests.support.allocator import Allocator, result, until
 from tests.support.services import StartService
 
 RECORDED = work_pb2.RESULT_DISPOSITION_RECORDED
@@ -80,6 +82,74 @@ async def test_a_concurrent_exit_is_free_when_the_result_comes_and_another_is_no
     await allocator.submit(*map(result, await allocator.take(2)))
     assert (await allocator.sql("SELECT use_count FROM exits"))[0]["use_count"] == 2
     await allocator.check_invariants()
+
+
+@pytest.mark.parametrize("limited", ["exit", "target"])
+async def test_who_waits_for_what_a_result_frees_is_told(
+    allocator: Allocator, limited: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody looks again unless told.
+    monkeypatch.setattr("allocator.allocation._LOOK_SECONDS", 1000.0)
+    looked = asyncio.Event()
+    serve = Allocation._serve
+
+    async def watched(*arguments: Any) -> Any:
+        outcome = await serve(*arguments)
+        if isinstance(outcome, NoWork):
+            looked.set()
+        return outcome
+
+    monkeypatch.setattr(Allocation, "_serve", watched)
+    await allocator.slot(target="shop.example", without_exit=limited == "target")
+    if limited == "exit":
+        await allocator.add_exits(1, cap=1, cap_mode=exit_pb2.EXIT_CAP_MODE_CONCURRENT)
+    else:
+        policy = target_pb2.TargetPolicy(max_in_flight=1)
+        request = target_pb2.SetTargetPolicyRequest(target="shop.example", policy=policy)
+        targets = target_pb2_grpc.TargetServiceStub(allocator.service.channel)
+        await targets.SetTargetPolicy(request, metadata=allocator.operator)
+    # Once by the way of plain results and once by that of those that tell of their target.
+    ways: tuple[dict[str, Any], ...] = ({}, {"outcome": FAILED, "crawl_delay": Duration()})
+    for values in ways:
+        (unit,) = await allocator.take()
+        looked.clear()
+        waiting = asyncio.create_task(allocator.ask(wait=Duration(seconds=30)))
+        await looked.wait()
+        await allocator.submit(result(unit, **values))
+        async with asyncio.timeout(15):
+            (unit,) = (await waiting).allocations
+        await allocator.submit(result(unit))
+
+
+async def test_results_that_wait_are_bounded_by_their_bytes(
+    allocator: Allocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("allocator.results._WAITING_BYTES", 1500)
+    await allocator.slot()
+    units = await allocator.take(3)
+    door = await allocator.connect()
+    try:
+        async with door.transaction():
+            key = uuid.UUID(units[0].allocation_key)
+            await door.execute("SELECT FROM leases WHERE allocation_key = $1 FOR UPDATE", key)
+            running = asyncio.create_task(allocator.submit(result(units[0])))
+            await until(allocator.waits_for_a_lock)
+            large = [
+                asyncio.create_task(allocator.submit(result(unit, FAILED, error_message="x" * 1000)))
+                for unit in units[1:]
+            ]
+            (refused,), (waiting,) = await asyncio.wait(large, return_when=asyncio.FIRST_COMPLETED)
+        answers = [*await running, *await waiting]
+    finally:
+        await door.close()
+    error = refused.exception()
+    assert isinstance(error, grpc.aio.AioRpcError)
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status.details)
+    assert (info.reason, info.metadata["queue"], info.metadata["limit_bytes"]) == ("OVERLOADED", "submit", "1500")
+    assert [answer.disposition for answer in answers] == [RECORDED] * 2
 
 
 async def test_an_exit_cools_for_the_target_that_refused_it_and_recovers_with_a_good_run(allocator: Allocator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -13,7 +14,14 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from muster.allocator.v1 import target_pb2, target_pb2_grpc
 
+from allocator import target_store
+from allocator.allocation_store import AllocationStore
+from allocator.partitions import Partitions
+from allocator.target_store import TargetStore
+from allocator.upkeep import Upkeep
 from services.call import Role
+from services.config import PostgresConfig
+from services.postgres import Database
 from tests.support.allocator import Allocator
 from tests.support.services import StartService
 
@@ -51,6 +59,15 @@ class Desk:
 async def desk(start_service: StartService) -> Desk:
     """A service to ask."""
     return Desk(await Allocator.of(await start_service("allocator")))
+
+
+@pytest.fixture
+async def database(desk: Desk) -> AsyncIterator[Database]:
+    """The allocator's, by a connection of the test's own."""
+    postgres = PostgresConfig.model_validate({"dsn": desk.allocator.service.dsn})
+    database = await Database.connect(postgres, "targets", search_path="allocator")
+    yield database
+    await database.close()
 
 
 async def test_a_policy_is_kept_as_it_was_last_set(desk: Desk) -> None:
@@ -141,6 +158,67 @@ async def test_targets_are_paged_by_name_within_their_organization(desk: Desk) -
         await desk.page(page_size=3, page_token=first.next_page_token)
 
 
+async def test_one_target_is_read_by_its_name(desk: Desk) -> None:
+    slot = await desk.allocator.slot()
+    for name in ("a", "ab", "b"):
+        await desk.policy(name)
+    await desk.hold(f"slot:{slot.slot_id}", 60)
+    assert [state.target for state in (await desk.page(target="a")).targets] == ["a"]
+    (own,) = (await desk.page(target=f"slot:{slot.slot_id.upper()}")).targets
+    assert own.target == f"slot:{slot.slot_id}"
+    assert not (await desk.page(target="c")).targets
+    assert not (await desk.page(target="a", only_stopped=True)).targets
+    first = await desk.page(page_size=1, target="a")
+    assert not (await desk.page(page_size=1, target="a", page_token=first.next_page_token)).targets
+    with pytest.raises(grpc.aio.AioRpcError, match="page_token"):
+        await desk.page(page_size=1, target="b", page_token=first.next_page_token)
+
+
+async def test_a_target_is_forgotten_when_nothing_of_it_is_in_force_for_a_day(desk: Desk, database: Database) -> None:
+    organization_id = await desk.allocator.service.organization_id()
+    await desk.allocator.sql(
+        """INSERT INTO targets (organization_id, target, max_in_flight, min_delay_ms, auto_pause, crawl_delay_ms,
+          paused_at, probe_at, blocked_until, updated_at)
+        SELECT $1, u.name, CASE WHEN u.name = 'limited' THEN 1 END, CASE WHEN u.name = 'slow' THEN 1 ELSE 0 END,
+          u.name <> 'never paused', CASE WHEN u.name = 'asks for a delay' THEN 1 ELSE 0 END,
+          CASE WHEN u.name = 'paused' THEN now() - interval '2 days' END,
+          CASE WHEN u.name = 'paused' THEN now() - interval '2 days' END,
+          CASE WHEN u.name = 'held' THEN now() + interval '1 hour' ELSE now() - interval '2 days' END,
+          now() - CASE WHEN u.name = 'young' THEN interval '23 hours' ELSE interval '25 hours' END
+        FROM unnest($2::text[]) AS u (name)""",
+        organization_id,
+        ["idle", "limited", "slow", "never paused", "asks for a delay", "paused", "held", "young"],
+    )
+    partitions = Partitions(database)
+    await Upkeep(database, AllocationStore(database, partitions), partitions).round()
+    kept = {state.target for state in (await desk.page()).targets}
+    assert kept == {"limited", "slow", "never paused", "asks for a delay", "paused", "held", "young"}
+
+
+async def test_a_bounded_number_of_targets_is_forgotten_at_once(
+    desk: Desk, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_store, "_FORGOTTEN", 2)
+    await desk.allocator.sql(
+        """INSERT INTO targets (organization_id, target, updated_at)
+        SELECT $1, 'slot:' || n, now() - interval '25 hours' FROM generate_series(1, 9) n""",
+        await desk.allocator.service.organization_id(),
+    )
+    store = TargetStore(database, Partitions(database))
+    await store.forget()
+    # The service's own upkeep may have come too.
+    assert len((await desk.page()).targets) in (5, 7)
+    # A row in use is passed over.
+    door = await desk.allocator.connect()
+    try:
+        async with door.transaction():
+            await door.execute("SELECT FROM targets FOR UPDATE")
+            await store.forget()
+        assert len((await desk.page()).targets) >= 5
+    finally:
+        await door.close()
+
+
 _FAULTS: list[tuple[str, Any, str]] = [
     ("SetTargetPolicy", {"policy": {}}, "target"),
     ("SetTargetPolicy", {"target": "x" * 129, "policy": {}}, "target"),
@@ -151,6 +229,8 @@ _FAULTS: list[tuple[str, Any, str]] = [
     ("SetTargetPolicy", {"target": "a", "policy": {"min_delay": Duration(seconds=3601)}}, "policy.min_delay"),
     ("SetTargetPolicy", {"target": "a", "policy": {"min_delay": Duration(seconds=-1)}}, "policy.min_delay"),
     ("ListTargets", {"page_size": 1001}, "page_size"),
+    ("ListTargets", {"target": "x" * 129}, "target"),
+    ("ListTargets", {"target": "slot:a"}, "target"),
     ("HoldTarget", {"duration": Duration(seconds=1)}, "target"),
     ("HoldTarget", {"target": "slot:not-an-id", "duration": Duration(seconds=1)}, "target"),
     ("HoldTarget", {"target": "a"}, "duration"),

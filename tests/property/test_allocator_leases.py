@@ -169,6 +169,7 @@ class LeaseMachine(RuleBasedStateMachine):
             self.company.allocator.submit(*(result(unit.allocation, outcome, **values) for unit in units))
         )
         self.model.known.add(CLIENTS[0])
+        heard: dict[str, list[Unit]] = {}
         # Which of several late results gets the last room of a day is the service's choice.
         for unit, answer in sorted(zip(units, answers, strict=True), key=lambda pair: pair[1].disposition == 3):
             if unit.state == "released":
@@ -179,9 +180,11 @@ class LeaseMachine(RuleBasedStateMachine):
                 assert answer.disposition == self.model.submit(unit, outcome, products)
                 unit.acknowledged = answer
                 self.company.submitted[unit.key] = outcome
-                # What the target asked for holds, whatever becomes of the result.
-                if "retry_after" in values:
-                    self.company.target_of(unit).held = True
+                heard.setdefault(self.company.target_name(self.model.slots[unit.slot]), []).append(unit)
+        # What they tell of their target holds, whatever becomes of them.
+        for name, told in heard.items():
+            if "retry_after" in values or name in self.model.targets:
+                self.company.target(name).hear(told, outcome, "retry_after" in values)
 
     @rule(number=NUMBER)
     def run_out(self, number: int) -> None:
@@ -338,7 +341,8 @@ class LeaseMachine(RuleBasedStateMachine):
         policy = target_pb2.TargetPolicy(max_in_flight=most, min_delay=Duration(), auto_pause=False)
         request = target_pb2.SetTargetPolicyRequest(target=name, policy=policy)
         assert self.call("TargetService/SetTargetPolicy", request).target.policy == policy
-        self.company.target(name).most = most or None
+        target = self.company.target(name)
+        target.most, target.auto_pause = most or None, False
 
     @rule(number=NUMBER, idle=_MOSTLY)
     def hold(self, number: int, idle: bool) -> None:
@@ -356,10 +360,13 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         if by_operator:
             request = target_pb2.ResumeTargetRequest(target=target)
-            assert not self.call("TargetService/ResumeTarget", request).target.HasField("held_until")
+            resumed = self.call("TargetService/ResumeTarget", request).target
+            assert not resumed.HasField("held_until")
+            assert not resumed.HasField("paused_at")
+            self.model.targets[target].resume()
         else:
             self.run(self.company.pass_hold(target))
-        self.model.targets[target].held = False
+            self.model.targets[target].held, self.model.targets[target].due = False, True
 
     @precondition(lambda self: not self.company.is_tomorrow)
     @rule(rarely=st.integers(0, 5))

@@ -263,7 +263,7 @@ _TARGETS = [
             *bad_duration("policy.min_delay", 3600),
         ],
     ),
-    BadCall("TargetService/ListTargets", target_pb2.ListTargetsRequest(), _PAGE),
+    BadCall("TargetService/ListTargets", target_pb2.ListTargetsRequest(), [*_PAGE, *bad_text("target", 128)]),
     BadCall(
         "TargetService/HoldTarget",
         target_pb2.HoldTargetRequest(target="shop", duration=seconds(1)),

@@ -55,10 +55,33 @@ class ModelExit:
 
 @dataclass(slots=True)
 class ModelTarget:
-    """A target's policy, and whether it is held."""
+    """A target's policy, whether it is held, and whether paused; `due` is whether a probe may go out."""
 
     most: int | None = None
+    auto_pause: bool = True
     held: bool = False
+    paused: bool = False
+    due: bool = False
+    probe: Unit | None = None
+
+    def resume(self) -> None:
+        """Ends hold and pause."""
+        self.held = self.paused = False
+        self.probe = None
+
+    def hear(self, units: Iterable[Unit], outcome: int, asks_for_peace: bool) -> None:
+        """Takes results of its units that came together; `asks_for_peace` is whether they have a Retry-After."""
+        probed = self.probe is not None and any(unit is self.probe for unit in units)
+        if probed and not asks_for_peace:
+            if outcome == work_pb2.WORK_OUTCOME_SUCCEEDED and self.due:
+                self.paused = False
+            elif outcome == work_pb2.WORK_OUTCOME_BLOCKED:
+                self.due = False
+        if asks_for_peace:
+            self.held, self.due = True, False
+            self.paused = self.paused or self.auto_pause
+        if probed:
+            self.probe = None
 
 
 @dataclass(slots=True)
@@ -136,9 +159,12 @@ class Model:
             return None
         if known.held:
             return 0
-        if known.most is None:
-            return None
-        return max(0, known.most - sum(unit.allocation.target == target for unit in self.of("live")))
+        rooms = []
+        if known.paused:
+            rooms.append(int(known.due and (known.probe is None or known.probe.state != "live")))
+        if known.most is not None:
+            rooms.append(max(0, known.most - sum(unit.allocation.target == target for unit in self.of("live"))))
+        return min(rooms, default=None)
 
     def fits(self, slot: ModelSlot, exit_: ModelExit, region: str) -> bool:
         """Whether a unit of a slot may go through an exit."""
@@ -164,8 +190,9 @@ class Model:
         assert self.room(slot) > 0, "a quota was passed"
         assert allocation.work_date == self.day
         assert not region or slot.region in ("", region), "another region's slot"
-        room = self.target_room(slot.target or f"slot:{slot.slot_id}")
-        assert room is None or room > 0, "a target is held, or has too many units in flight"
+        name = slot.target or f"slot:{slot.slot_id}"
+        room = self.target_room(name)
+        assert room is None or room > 0, "a target is held or paused, or has too many units in flight"
         epoch = 0
         assert allocation.HasField("exit") == (not slot.without_exit)
         if not slot.without_exit:
@@ -174,6 +201,8 @@ class Model:
             epoch = self._use(exit_)
         slot.quota.setdefault(self.day, slot.daily)
         self.units.append(Unit(allocation, client, epoch))
+        if (target := self.targets.get(name)) is not None and target.paused:
+            target.probe = self.units[-1]
 
     def _use(self, exit_: ModelExit) -> int:
         if exit_.mode == PER_WINDOW and not exit_.window:
@@ -237,7 +266,8 @@ class Model:
             return {"SLOT_INACTIVE"}
         if not any(self.room(slot) > 0 for slot in wanted):
             return {"QUOTA_EXHAUSTED"}
-        return {"TARGET_HELD", "TARGET_BUSY", "NO_EXIT", "EXIT_EXHAUSTED", "NO_SLOT", "QUOTA_EXHAUSTED"}
+        targets = {"TARGET_HELD", "TARGET_PAUSED", "TARGET_BUSY"}
+        return targets | {"NO_EXIT", "EXIT_EXHAUSTED", "NO_SLOT", "QUOTA_EXHAUSTED"}
 
     def counters(self) -> dict[tuple[str, str], list[int]]:
         """Returns quota, allocated, and the ends by status 2 to 6, of every slot and day that has units."""

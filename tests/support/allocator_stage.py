@@ -27,7 +27,7 @@ from services.config import DrainConfig, GrpcConfig, PostgresConfig
 from services.identity.keys import KeyStore
 from services.postgres import Database
 from tests.support.allocator import Allocator
-from tests.support.allocator_model import PER_WINDOW, Model, ModelExit, ModelSlot, ModelTarget, Unit
+from tests.support.allocator_model import PER_WINDOW, Model, ModelExit, ModelSlot, ModelTarget
 from tests.support.postgres import PostgresServer
 from tests.support.services import RunningService
 
@@ -82,7 +82,7 @@ class Stage:
 
 
 async def start_stage(loop: Loop, server: PostgresServer, database: str) -> Stage:
-    """Starts a service whose own sweep, cool-downs and pauses do not come by themselves."""
+    """Starts a service whose own sweep, cool-downs and pauses by block rate do not come by themselves."""
     identity = PostgresConfig.model_validate({"dsn": server.dsn(database, "muster_identity")})
     own = PostgresConfig.model_validate({"dsn": server.dsn(database, "muster_allocator")})
     config = app.CONFIG(
@@ -214,10 +214,6 @@ class Company:
         """Returns a target, known from now on."""
         return self.model.targets.setdefault(name, ModelTarget())
 
-    def target_of(self, unit: Unit) -> ModelTarget:
-        """Returns the target of a unit."""
-        return self.target(unit.allocation.target or f"slot:{unit.slot}")
-
     async def run_out(self, key: str) -> None:
         """Lets a lease run out; only `sweep` takes it away."""
         await self.allocator.sql(
@@ -248,10 +244,11 @@ class Company:
         )
 
     async def pass_hold(self, target: str) -> None:
-        """Lets the hold of a target pass."""
+        """Lets the hold of a target pass, and the wait for a probe."""
         await self.allocator.sql(
-            """UPDATE targets SET blocked_until = now() - interval '1 second'
-            WHERE organization_id = $1 AND target = $2 AND blocked_until > now()""",
+            """UPDATE targets SET blocked_until = least(blocked_until, now() - interval '1 second'),
+              probe_at = CASE WHEN paused_at IS NOT NULL THEN least(probe_at, now() - interval '1 second') END
+            WHERE organization_id = $1 AND target = $2""",
             self._organization_id,
             target,
         )

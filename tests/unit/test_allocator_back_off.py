@@ -8,6 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from allocator.clients import ClientIdentity
+from allocator.exit_health import Signal
+from allocator.leases import LeaseName, Status
+from allocator.results import Submission
 from allocator.targets import BackOff, News, target_name
 
 BACK_OFF = BackOff(base_seconds=60, limit_seconds=1800, window_seconds=600, least_results=10, block_rate=0.10)
@@ -47,3 +51,39 @@ def test_a_slot_without_a_target_is_its_own() -> None:
 )
 def test_good_runs_are_no_news(news: News, matters: bool) -> None:
     assert news.matter() is matters
+
+
+@pytest.mark.parametrize(
+    ("status", "signal", "retry_after_ms", "well"),
+    [
+        (Status.SUCCEEDED, None, None, True),
+        (Status.SUCCEEDED, Signal.TRANSPORT, 0, True),
+        (Status.SUCCEEDED, Signal.RATE_LIMITED, None, False),
+        (Status.SUCCEEDED, None, 1, False),
+        (Status.FAILED, None, None, None),
+        (Status.FAILED, Signal.TRANSPORT, None, None),
+        (Status.FAILED, Signal.RATE_LIMITED, None, False),
+        (Status.FAILED, Signal.BLOCKED, None, False),
+        (Status.FAILED, None, 60_000, False),
+        (Status.BLOCKED, Signal.BLOCKED, None, False),
+        (Status.BLOCKED, Signal.TRANSPORT, None, False),
+    ],
+)
+def test_only_success_is_good_and_only_a_refusal_is_bad(
+    status: Status, signal: Signal | None, retry_after_ms: int | None, well: bool | None
+) -> None:
+    submission = Submission(
+        name=LeaseName(uuid.uuid4(), uuid.uuid4()),
+        client=ClientIdentity("pc-1", "", 0, 0, ""),
+        status=status,
+        block_type="",
+        execution_time_ms=1,
+        applied_settings={},
+        exit_ip="",
+        products=(),
+        retry_after_ms=retry_after_ms,
+        error_message="",
+        persona_used=False,
+        exit_signal=signal,
+    )
+    assert submission.went_well is well

@@ -82,6 +82,42 @@ async def test_a_full_queue_refuses_with_a_retry_delay() -> None:
     assert await asyncio.gather(*running, *waiting) == [10, 20, 30]
 
 
+async def test_a_queue_is_bounded_by_what_its_items_hold_too() -> None:
+    batches = Batches()
+    coalescer = Coalescer(
+        "t",
+        batches.run,
+        max_batch=100,
+        max_waiting=100,
+        size=lambda item: item,
+        max_batch_bytes=10,
+        max_waiting_bytes=20,
+    )
+    # What runs does not wait, and what is alone goes through however large it is.
+    tasks = await gathered(coalescer, [20])
+    await batches.entered.wait()
+    tasks += await gathered(coalescer, [4, 6, 5])
+    with pytest.raises(Overloaded) as caught:
+        await coalescer.submit(6)
+    assert caught.value.metadata == {"queue": "t", "limit_bytes": "20"}
+    assert caught.value.retry_after_seconds
+    tasks += await gathered(coalescer, [5])
+    batches.gate.set()
+    assert await asyncio.gather(*tasks) == [200, 40, 60, 50, 50]
+    assert batches.seen == [[20], [4, 6], [5, 5]]
+    # A caller that gave up while it waited holds nothing.
+    batches.gate.clear()
+    batches.entered.clear()
+    running = await gathered(coalescer, [1])
+    await batches.entered.wait()
+    (leaving,) = await gathered(coalescer, [20])
+    leaving.cancel()
+    batches.gate.set()
+    await asyncio.gather(*running)
+    await coalescer.close()
+    assert await coalescer.submit(20) == 200
+
+
 async def test_a_cancelled_caller_leaves_the_queue_and_disturbs_nobody() -> None:
     batches = Batches()
     coalescer = Coalescer("t", batches.run, max_batch=10, max_waiting=10)

@@ -18,7 +18,7 @@ class TargetPolicy:
     Attributes:
         max_in_flight: The most units of it under lease at once, over the whole fleet; 0 for no limit.
         min_delay: The least time between two units, up to 1 h.
-        auto_pause: Whether it is left alone when it blocks.
+        auto_pause: Whether it is paused when it blocks or asks to be left alone, and resumes by a probe.
     """
 
     max_in_flight: int = 0
@@ -35,7 +35,7 @@ class TargetState:
         policy: What the operator said.
         crawl_delay: The delay it asked for; None when it did not.
         held_until: Nothing goes out before; None when nothing holds it.
-        paused_at: When it was paused for blocking; None when it is not.
+        paused_at: When it was paused for blocking or by its Retry-After; None when it is not.
         probe_at: While paused, when the next probe may go out.
         pauses: Pauses in a row; each doubles the wait for a probe.
         in_flight: Units under lease; counted only where the policy limits them.
@@ -64,7 +64,9 @@ class Targets:
         return self._transport.stub(target_pb2_grpc.TargetServiceStub)
 
     async def set_policy(self, target: str, policy: TargetPolicy) -> TargetState:
-        """Says how politely a target is treated from now on.
+        """Says how politely a target is treated from now on; a longer delay in force is cut to the new one.
+
+        The whole policy is replaced: of two callers who each change a field of what they read, the last one wins.
 
         Raises:
             MusterError: it was refused, or did not succeed in time.
@@ -77,13 +79,20 @@ class Targets:
         request = target_pb2.SetTargetPolicyRequest(target=target, policy=message)
         return _state((await self._transport.call(self._stub.SetTargetPolicy, request)).target)
 
-    async def list(self, *, only_stopped: bool = False, page_size: int = 100) -> AsyncIterator[TargetState]:
-        """Yields by name the targets of which anything is known; with `only_stopped` those that get nothing now.
+    async def list(
+        self, *, only_stopped: bool = False, target: str = "", page_size: int = 100
+    ) -> AsyncIterator[TargetState]:
+        """Yields by name the targets of which anything is known.
+
+        Args:
+            only_stopped: Only those that get nothing now.
+            target: Only this one; '' for any.
+            page_size: How many one call reads.
 
         Raises:
             MusterError: it was refused, or did not succeed in time.
         """
-        request = target_pb2.ListTargetsRequest(page_size=page_size, only_stopped=only_stopped)
+        request = target_pb2.ListTargetsRequest(page_size=page_size, only_stopped=only_stopped, target=target)
         async for answer in self._transport.pages(self._stub.ListTargets, request):
             for item in answer.targets:
                 yield _state(item)
@@ -98,7 +107,7 @@ class Targets:
         return _state((await self._transport.call(self._stub.HoldTarget, request)).target)
 
     async def resume(self, target: str) -> TargetState:
-        """Ends a hold, a Retry-After and a pause at once.
+        """Ends a hold, a Retry-After, a pause and a delay in force at once; forgets the target's own crawl delay.
 
         Raises:
             NotFound: nothing is known of the target.
