@@ -119,7 +119,7 @@ class Explanation:
     async def available_units(self, organization_id: UUID) -> int:
         """Returns how many units could be handed out now, if personas and external exits allow.
 
-        Counts at most 20,000 open slots, so that it costs the same for millions of them.
+        Counts about 20,000 open slots at most, so that it costs the same for millions of them.
         """
         standing = await self._store.of_units(organization_id, _COUNTED_SLOTS)
         return Supply(standing.regions, standing.cooling, frozenset(), frozenset()).units(standing.groups)
