@@ -184,11 +184,9 @@ def _steps(slot: SlotStanding) -> Iterator[tuple[BlockerKind, datetime | None]]:
         yield BlockerKind.PACED, slot.next_unit_at
     if slot.held_until is not None:
         yield BlockerKind.TARGET_HELD, slot.held_until
-    is_busy = slot.next_at is not None or slot.is_full
-    probe_is_out = slot.room == 0 and slot.held_until is None and not is_busy
-    if slot.is_paused and (slot.probe_at is not None or probe_is_out):
+    if slot.is_paused and (slot.probe_at is not None or slot.probe_is_out):
         yield BlockerKind.TARGET_PAUSED, slot.probe_at
-    if is_busy:
+    if slot.next_at is not None or slot.is_full:
         yield BlockerKind.TARGET_BUSY, slot.next_at
 
 

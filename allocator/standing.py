@@ -88,6 +88,7 @@ class SlotStanding:
     held_until: datetime | None
     is_paused: bool
     probe_at: datetime | None
+    probe_is_out: bool
     next_at: datetime | None
     is_full: bool
     reason: str

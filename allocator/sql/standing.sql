@@ -128,12 +128,15 @@ WHERE kind IS NOT NULL
 GROUP BY 1, 2, 3, 4, 5, 6;
 
 -- name: standing_of_slot
--- One slot, with everything that may hold it back. $1 organization, $2 slot. Index: primary keys,
--- daily_work_tracking_slot.
+-- One slot, with everything that may hold it back. A target may hold it back in several ways at once, so `room` does
+-- not say whether its probe is out. $1 organization, $2 slot. Index: primary keys, daily_work_tracking_slot.
 SELECT s.slot_id, s.target, s.is_active, s.in_date, s.taken, s.quota, s.open_units, s.next_unit_at, s.without_exit,
   s.exit_region, s.exit_provider, coalesce(s.persona_need, '') AS persona_need, r.room,
   CASE WHEN r.blocked_until > now() THEN r.blocked_until END AS held_until, coalesce(r.is_paused, false) AS is_paused,
   CASE WHEN r.probe_at > now() THEN r.probe_at END AS probe_at,
+  EXISTS (SELECT FROM targets t JOIN leases l ON l.allocation_key = t.probe_key
+    WHERE t.organization_id = $1 AND t.target = r.target AND l.organization_id = $1 AND l.expires_at > now())
+    AS probe_is_out,
   CASE WHEN r.delay_ms > 0 AND r.next_at > now() THEN r.next_at END AS next_at,
   coalesce(r.in_flight >= r.max_in_flight, false) AS is_full, coalesce(r.reason, '') AS reason
 FROM slots_today($1) s

@@ -312,6 +312,20 @@ async def test_a_slot_hears_of_every_step_that_holds(allocator: Allocator) -> No
     assert "of region eu" in blockers[4].message
 
 
+async def test_a_slot_hears_that_its_targets_probe_is_out(allocator: Allocator) -> None:
+    slot = await allocator.slot(target="shop")
+    await _policy(allocator, max_in_flight=1, min_delay=Duration(seconds=3600))
+    await allocator.sql("UPDATE targets SET paused_at = now(), pauses = 1, probe_at = now()")
+    (probe,) = await allocator.take()
+    assert _name((await allocator.ask()).no_work.blocker) == "TARGET_PAUSED"
+    blockers = (await allocator.explain(slot_id=slot.slot_id)).blockers
+    assert [_name(one.kind) for one in blockers] == ["TARGET_PAUSED", "TARGET_BUSY"]
+    # The lease has run out: the next probe may go out, but for the delay.
+    await allocator.run_out(probe)
+    blockers = (await allocator.explain(slot_id=slot.slot_id)).blockers
+    assert [_name(one.kind) for one in blockers] == ["TARGET_BUSY"]
+
+
 async def test_filters_say_what_is_looked_at(allocator: Allocator) -> None:
     await allocator.slot(target="shop", daily_quota=2)
     europe = await allocator.slot(target="shop", daily_quota=3, without_exit=False, exit_region="eu")
