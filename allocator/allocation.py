@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -55,6 +55,8 @@ class _Attempt:
 
 
 Outcome = list[Package] | NoWork
+
+_DRAINING = NoWork(BlockerKind.CLIENT_DRAINING, "the client is told to drain", retry_after_seconds=30.0)
 
 
 class Allocation:
@@ -136,20 +138,29 @@ class Allocation:
     ) -> list[SimulatedUnit] | NoWork:
         """Returns what a client would be given now, by the same choice, or why nothing. Leases nothing.
 
-        The database's last word is not asked for, and neither personas nor external exits are tried.
+        The database's last word is not asked for, and neither personas nor external exits are tried: those that are
+        known to fail are left out, as they would be once they were tried.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-        index = self._availability.of(organization_id).preview()
-        needs, providers = self._personas.failing(organization_id), self._external_exits.failing(organization_id)
-        wish = Wish(target or "", region or "", needs, providers)
-        try:
-            await index.refresh()
-            picks = [] if client_id in index.draining else await index.choose(wish, max_items, _turn(max_items))
-        finally:
-            await index.close()
-        no_work = None if picks else await self._why(organization_id, index, client_id, wish, {})
+        wish = Wish(target or "", region or "", self._personas.unavailable(organization_id))
+        while True:
+            index = self._availability.of(organization_id).preview()
+            try:
+                await index.refresh()
+                if client_id in index.draining:
+                    return _DRAINING
+                chosen = await index.choose(wish, max_items, _turn(max_items))
+            finally:
+                await index.close()
+            sources = {_source(pick, wish) for pick in chosen if pick.slot_class.exit_provider}
+            failing = self._external_exits.unavailable(organization_id, sources)
+            picks = [pick for pick in chosen if _source(pick, wish) not in failing]
+            if picks or not chosen:
+                break
+            wish = replace(wish, providers=wish.providers | failing)
+        no_work = None if picks else await self._explanation.expected_no_work(organization_id, target, region)
         if no_work is not None:
             return no_work
         keywords = await self._store.keywords(organization_id, [pick.slot_id for pick in picks])
@@ -312,7 +323,7 @@ class Allocation:
     ) -> NoWork | None:
         """Returns why there is nothing; None when by now there is something. `reasons` holds the batch's answers."""
         if client_id in index.draining:
-            return NoWork(BlockerKind.CLIENT_DRAINING, "the client is told to drain", retry_after_seconds=30.0)
+            return _DRAINING
         # Slots whose personas or exits are not to be had were left out: the caller hears of those.
         if wish.needs:
             return NoWork(BlockerKind.NO_PERSONA, "no persona that matches is idle", retry_after_seconds=2.0)
@@ -322,6 +333,11 @@ class Allocation:
         if asked not in reasons:
             reasons[asked] = await self._explanation.no_work(organization_id, wish.target or None, wish.region or None)
         return reasons[asked]
+
+
+def _source(pick: Pick, wish: Wish) -> tuple[str, str]:
+    """Returns the external provider of a pick, '' for none, and the region that would be asked of it."""
+    return pick.slot_class.exit_provider, pick.slot_class.exit_region or wish.region
 
 
 def _units(attempt: _Attempt) -> int:

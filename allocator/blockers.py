@@ -62,9 +62,10 @@ _REMEDIES = {
     BlockerKind.PACED: "wait for the next unit, or pace them asap",
     BlockerKind.TARGET_HELD: "wait until it ends, or resume the target",
     BlockerKind.TARGET_PAUSED: "wait for a probe, or resume the target",
-    BlockerKind.TARGET_BUSY: "wait for leases to end or for its delay, or change its policy",
+    BlockerKind.TARGET_BUSY: "wait for leases to end or for its delay, change its policy, or resume the target to "
+    "forget what it asked for",
     BlockerKind.EXIT_COOLING: "wait, clear their health, or import other exits",
-    BlockerKind.EXIT_UNAVAILABLE: "start the provider, or wait until it has exits",
+    BlockerKind.EXIT_UNAVAILABLE: "start the provider, correct exit_providers, or wait until it has exits",
 }
 
 # When asking again may be worth it where no moment is known. Units, uses and personas come back as leases end; the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
@@ -25,15 +25,15 @@ _STOPS = (BlockerKind.TARGET_HELD, BlockerKind.TARGET_PAUSED, BlockerKind.TARGET
 class Sources(Protocol):
     """External exits, as far as explaining needs them."""
 
-    def failing(self, organization_id: UUID) -> frozenset[tuple[str, str]]:
-        """Returns the providers, with the regions asked of them, that had no exit a moment ago."""
+    def unavailable(self, organization_id: UUID, sources: Collection[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+        """Returns those of some providers, with the regions asked of them, that give no exit, as far as is known."""
 
 
 class Needs(Protocol):
     """Personas, as far as explaining needs them."""
 
-    def failing(self, organization_id: UUID) -> frozenset[str]:
-        """Returns the needs that could not be met a moment ago."""
+    def unavailable(self, organization_id: UUID) -> frozenset[str]:
+        """Returns the needs that cannot be met, '*' for all, as far as is known."""
 
 
 class Explanation:
@@ -41,8 +41,8 @@ class Explanation:
 
     Args:
         store: Reads them.
-        personas: Knows which persona needs fail.
-        external_exits: Knows which of their providers fail.
+        personas: Knows which persona needs fail, as far as this replica has asked.
+        external_exits: Knows which of their providers fail, likewise.
     """
 
     def __init__(self, store: StandingStore, personas: Needs, external_exits: Sources) -> None:
@@ -77,13 +77,13 @@ class Explanation:
         """
         if slot_id is None:
             standing = await self._store.of_slots(organization_id, target, region, client_id)
-            blockers, units = _of_all(standing, self._supply(organization_id, standing, region))
+            blockers, units = _of_all(standing, self._supply(organization_id, standing, standing.groups, region))
         else:
             slot, standing = await self._store.of_slot(organization_id, slot_id, region, client_id)
             if slot is None:
                 raise SlotNotFound(slot_id)
             fits = target in (None, slot.target) and (region is None or slot.exit_region in ("", region))
-            supply = self._supply(organization_id, standing, region)
+            supply = self._supply(organization_id, standing, [slot.as_group()], region)
             blockers, units = _of_one(slot, supply) if fits else ([_NO_SLOT], 0)
         if standing.moment.draining:
             return [_DRAINING, *blockers], 0
@@ -100,36 +100,35 @@ class Explanation:
         """
         standing = await self._store.of_classes(organization_id, target, region)
         # What fails at times is left out: whoever asks has just tried it.
-        supply = Supply(standing.regions, standing.cooling, frozenset(), frozenset())
-        held, free = _split(standing, supply)
-        if free:
-            return None
-        if not held:
-            held = {BlockerKind.NO_SLOT: []}
-        moment = standing.moment
-        wait = min(
-            retry_seconds(kind, _until(kind, groups, supply), moment.now, returning=moment.leased)
-            for kind, groups in held.items()
-        )
-        if moment.midnight is not None:
-            wait = min(wait, max(SHORTEST_SECONDS, (moment.midnight - moment.now).total_seconds()))
-        first = max(held, key=STEP.__getitem__)
-        return NoWork(first, f"{_message(first, held[first], None, supply)}: {remedy(first)}", wait)
+        return _no_work(standing, Supply(standing.regions, standing.cooling, frozenset(), frozenset()))
+
+    async def expected_no_work(self, organization_id: UUID, target: str | None, region: str | None) -> NoWork | None:
+        """Returns what `no_work` would for who has tried nothing: personas and external exits that fail count too.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        standing = await self._store.of_classes(organization_id, target, region)
+        return _no_work(standing, self._supply(organization_id, standing, standing.groups, region))
 
     async def available_units(self, organization_id: UUID) -> int:
         """Returns how many units could be handed out now, if personas and external exits allow.
 
-        Counts at most 20,000 open slots, so that it costs the same for millions of them.
+        Counts about 20,000 open slots at most, so that it costs the same for millions of them.
         """
         standing = await self._store.of_units(organization_id, _COUNTED_SLOTS)
         return Supply(standing.regions, standing.cooling, frozenset(), frozenset()).units(standing.groups)
 
-    def _supply(self, organization_id: UUID, standing: Standing, region: str | None) -> Supply:
+    def _supply(
+        self, organization_id: UUID, standing: Standing, groups: Collection[SlotGroup], region: str | None
+    ) -> Supply:
+        """Returns what groups of slots need besides themselves."""
+        sources = {(group.exit_provider, group.exit_region or region or "") for group in groups if group.exit_provider}
         return Supply(
             standing.regions,
             standing.cooling,
-            self._external_exits.failing(organization_id),
-            self._personas.failing(organization_id),
+            self._external_exits.unavailable(organization_id, sources),
+            self._personas.unavailable(organization_id),
             region or "",
         )
 
@@ -144,6 +143,24 @@ def _of_all(standing: Standing, supply: Supply) -> tuple[list[Blocker], int]:
         return [_NO_SLOT], 0
     kinds = sorted(held, key=STEP.__getitem__, reverse=True)
     return [_blocker(kind, held[kind], slots, supply) for kind in kinds], 0
+
+
+def _no_work(standing: Standing, supply: Supply) -> NoWork | None:
+    """Returns the first blocker of an organization, and when to ask again; None when nothing is in the way."""
+    held, free = _split(standing, supply)
+    if free:
+        return None
+    if not held:
+        held = {BlockerKind.NO_SLOT: []}
+    moment = standing.moment
+    wait = min(
+        retry_seconds(kind, _until(kind, groups, supply), moment.now, returning=moment.leased)
+        for kind, groups in held.items()
+    )
+    if moment.midnight is not None:
+        wait = min(wait, max(SHORTEST_SECONDS, (moment.midnight - moment.now).total_seconds()))
+    first = max(held, key=STEP.__getitem__)
+    return NoWork(first, f"{_message(first, held[first], None, supply)}: {remedy(first)}", wait)
 
 
 def _of_one(slot: SlotStanding, supply: Supply) -> tuple[list[Blocker], int]:
@@ -184,11 +201,9 @@ def _steps(slot: SlotStanding) -> Iterator[tuple[BlockerKind, datetime | None]]:
         yield BlockerKind.PACED, slot.next_unit_at
     if slot.held_until is not None:
         yield BlockerKind.TARGET_HELD, slot.held_until
-    is_busy = slot.next_at is not None or slot.is_full
-    probe_is_out = slot.room == 0 and slot.held_until is None and not is_busy
-    if slot.is_paused and (slot.probe_at is not None or probe_is_out):
+    if slot.is_paused and (slot.probe_at is not None or slot.probe_is_out):
         yield BlockerKind.TARGET_PAUSED, slot.probe_at
-    if is_busy:
+    if slot.next_at is not None or slot.is_full:
         yield BlockerKind.TARGET_BUSY, slot.next_at
 
 
@@ -232,7 +247,7 @@ def _message(kind: BlockerKind, groups: Sequence[SlotGroup], counted: tuple[int,
         BlockerKind.QUOTA_EXHAUSTED: f"today's quota of {who} is taken",
         BlockerKind.PACED: f"{who} pace their quota over the day and their next unit is not due{until}",
         BlockerKind.TARGET_HELD: f"{who} wait for a target that is to be left alone: {targets}{until}",
-        BlockerKind.TARGET_PAUSED: f"{who} wait for a target that blocked too many runs: {targets}{until}",
+        BlockerKind.TARGET_PAUSED: f"{who} wait for a target that is paused until a probe goes well: {targets}{until}",
         BlockerKind.TARGET_BUSY: f"{who} wait for a target of which enough is in flight: {targets}{until}",
         BlockerKind.NO_EXIT: f"none of {exits.exits} exits{where} is enabled; {who} need one",
         BlockerKind.EXIT_EXHAUSTED: f"all {exits.enabled} enabled exits{where} have reached their cap; {who} need one",

@@ -11,8 +11,7 @@ without a lease here is found by the reconciliation.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -21,6 +20,7 @@ import structlog
 
 from allocator.blockers import BlockerKind, NoWork
 from allocator.exit_providers import ExitUnavailable, GuardedProvider, RemoteExit
+from allocator.failures import Failures
 from allocator.packages import AssignedExit, Package
 from services.errors import Overloaded
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from allocator.lease_store import LeaseStore
 
 _log = structlog.get_logger("allocator.external_exits")
-
-# How long a provider's region that had no exit goes after other work.
-_FAILING_SECONDS = 1.0
 
 # A provider and the region asked of it, '' for any.
 Source = tuple[str, str]
@@ -71,15 +68,19 @@ class ExternalExits:
         self._leases = leases
         self._availability = availability
         self._duration_seconds = greatest_age_seconds
-        self._failing: dict[UUID, dict[Source, float]] = {}
+        self._failures: Failures[Source] = Failures()
 
     def failing(self, organization_id: UUID) -> frozenset[Source]:
         """Returns the sources that had no exit a moment ago."""
-        now = time.monotonic()
-        known = self._failing.get(organization_id, {})
-        for source in [source for source, until in known.items() if until < now]:
-            del known[source]
-        return frozenset(known)
+        return self._failures.avoided(organization_id)
+
+    def unavailable(self, organization_id: UUID, sources: Iterable[Source]) -> frozenset[Source]:
+        """Returns those of some sources that give no exit, as far as this replica has tried within a minute.
+
+        A provider that is not configured gives none, nor one that is passed over.
+        """
+        told = self._failures.told(organization_id)
+        return frozenset(source for source in sources if source in told or not self._is_asked(source[0]))
 
     async def complete(
         self, organization_id: UUID, request_id: UUID, packages: Sequence[Package]
@@ -102,6 +103,8 @@ class ExternalExits:
         if not lacking:
             return list(packages), _NONE_FAILED
         taken = dict(zip((package.key for package in lacking), await self._take(organization_id, lacking), strict=True))
+        met = ((package.exit_provider, package.exit_region) for package in lacking if taken[package.key] is not None)
+        self._failures.succeeded(organization_id, met)
         given = [
             (package.key, package.exit_provider, remote.exit_ip)
             for package in lacking
@@ -133,8 +136,7 @@ class ExternalExits:
                 queue=standing[0].exit_provider,
             )
         sources = frozenset((package.exit_provider, package.exit_region) for package in withdrawn)
-        until = time.monotonic() + _FAILING_SECONDS
-        self._failing.setdefault(organization_id, {}).update(dict.fromkeys(sources, until))
+        self._failures.failed(organization_id, sources)
         return ready, Failed(sources, _UNAVAILABLE)
 
     async def _take(self, organization_id: UUID, packages: Sequence[Package]) -> list[RemoteExit | None]:
@@ -151,6 +153,10 @@ class ExternalExits:
         except ExitUnavailable:
             # It was logged and counted where it failed.
             return None
+
+    def _is_asked(self, name: str) -> bool:
+        provider = self._providers.get(name)
+        return provider is not None and not provider.is_passed_over()
 
 
 def lacks_exit(package: Package) -> bool:

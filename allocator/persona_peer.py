@@ -31,6 +31,11 @@ class PersonaPeer:
         self._peer = peer
         self._stub = peer.stub(checkout_pb2_grpc.CheckOutServiceStub) if peer.configured else None
 
+    @property
+    def is_configured(self) -> bool:
+        """Whether there is one to ask."""
+        return self._stub is not None
+
     async def check_out(
         self, organization_id: UUID, needs: Sequence[tuple[UUID, PersonaNeed]], duration_seconds: float
     ) -> list[AssignedPersona | None]:

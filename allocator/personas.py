@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
 from allocator.blockers import BlockerKind, NoWork
+from allocator.failures import Failures
 from allocator.leases import PersonaUse
 from allocator.packages import AssignedPersona, Package
 from allocator.slots import PersonaNeed
@@ -25,8 +26,6 @@ _BATCH = 256
 _WAITING = 65_536
 # A check-out outlives its lease by this much, so that the last save and the check-in find it.
 _MARGIN_SECONDS = 600.0
-# How long a need that was not met goes after other work.
-_FAILING_SECONDS = 1.0
 # Stands for every need: nobody answers.
 _ALL = "*"
 
@@ -37,6 +36,10 @@ class PersonaStoreUnavailable(Exception):
 
 class PersonaStore(Protocol):
     """The other service, as this one needs it."""
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether there is one to ask."""
 
     async def check_out(
         self, organization_id: UUID, needs: Sequence[tuple[UUID, PersonaNeed]], duration_seconds: float
@@ -84,15 +87,15 @@ class Personas:
         self._peer = peer
         self._duration_seconds = greatest_age_seconds + _MARGIN_SECONDS
         self._queues: dict[UUID, Coalescer[Package, _Answer]] = {}
-        self._failing: dict[UUID, dict[str, float]] = {}
+        self._failures: Failures[str] = Failures()
 
     def failing(self, organization_id: UUID) -> frozenset[str]:
         """Returns the needs that could not be met a moment ago."""
-        now = time.monotonic()
-        known = self._failing.get(organization_id, {})
-        for need in [need for need, until in known.items() if until < now]:
-            del known[need]
-        return frozenset(known)
+        return self._failures.avoided(organization_id)
+
+    def unavailable(self, organization_id: UUID) -> frozenset[str]:
+        """Returns the needs that cannot be met, '*' for all, as far as this replica has tried within a minute."""
+        return self._failures.told(organization_id) if self._peer.is_configured else frozenset({_ALL})
 
     async def complete(
         self, organization_id: UUID, request_id: UUID, packages: Sequence[Package]
@@ -124,13 +127,14 @@ class Personas:
         kinds = {answers[package.key] for package in unmet}
         away = BlockerKind.PERSONA_STORE_UNAVAILABLE in kinds
         needs = {_ALL} if away else {package.need.to_json() for package in unmet if package.need}
+        met = (p.need.to_json() for p in lacking if p.need and isinstance(answers[p.key], AssignedPersona))
+        self._failures.succeeded(organization_id, met if away else itertools.chain(met, (_ALL,)))
         if unmet:
             await self._leases.withdraw(
                 organization_id, [package.key for package in unmet], None if ready else request_id
             )
             self._availability.outdate(organization_id)
-            until = time.monotonic() + _FAILING_SECONDS
-            self._failing.setdefault(organization_id, {}).update(dict.fromkeys(needs, until))
+            self._failures.failed(organization_id, needs)
         return ready, Failed(frozenset(needs), _UNAVAILABLE if away else _NO_MATCH)
 
     async def close(self) -> None:

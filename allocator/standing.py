@@ -88,6 +88,7 @@ class SlotStanding:
     held_until: datetime | None
     is_paused: bool
     probe_at: datetime | None
+    probe_is_out: bool
     next_at: datetime | None
     is_full: bool
     reason: str
@@ -170,8 +171,8 @@ class Supply:
     Attributes:
         regions: Pooled exits.
         cooling: Those that cool down.
-        failing_sources: External providers and the regions asked of them that gave no exit a moment ago.
-        failing_needs: Persona needs that could not be met a moment ago; `ANY_NEED` when the store did not answer.
+        failing_sources: External providers and the regions asked of them that give no exit.
+        failing_needs: Persona needs that cannot be met; `ANY_NEED` when the store does not answer.
         region: The one that was asked for, for slots of any; '' for any.
     """
 

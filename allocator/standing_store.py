@@ -54,7 +54,7 @@ class StandingStore:
             return await self._standing(connection, organization_id, region, moment, rows)
 
     async def of_units(self, organization_id: UUID, slots: int) -> Standing:
-        """Looks only at slots that may go out now, at about so many at most, and counts their units."""
+        """Looks only at slots that may go out now, at about so many of all classes, and counts their units."""
         async with self._snapshot() as connection:
             moment = await self._moment(connection, organization_id, "")
             rows = await connection.fetch(_SQL["open_units_of_classes"], organization_id, slots)

@@ -50,7 +50,8 @@ GROUP BY 1, 2, 3, 4, 5, 6;
 
 -- name: groups_of_classes
 -- The same without counts, from one look into an index for each class of slots: for callers who find no work. Counts on
--- the day's rows standing. Slots that are held for themselves are looked at one by one.
+-- the day's rows standing. Slots that are held for themselves are looked at one by one, and passed over by a look into
+-- a hash table where their class is looked at: there may be as many of them as slots.
 -- $1 organization, $2 target or NULL, $3 region or NULL. Index: daily_work_tracking_open, work_slots_class,
 -- daily_work_tracking_slot.
 WITH today AS MATERIALIZED (
@@ -63,16 +64,26 @@ classes AS MATERIALIZED (
   WHERE organization_id = $1 AND ($2::text IS NULL OR target = $2) AND ($3::text IS NULL OR exit_region IN ('', $3))
 ),
 apart AS MATERIALIZED (
-  SELECT target, CASE WHEN target ~ '^slot:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' THEN substr(target, 6)::uuid END
-    AS slot_id
+  SELECT target, kind, until,
+    CASE WHEN target ~ '^slot:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' THEN substr(target, 6)::uuid END AS slot_id
   FROM stops WHERE target LIKE 'slot:%'
+),
+apart_today AS MATERIALIZED (
+  SELECT a.target, a.kind, a.until, t.class_id, t.open_at
+  FROM apart a
+  CROSS JOIN LATERAL (
+    SELECT t.class_id, t.open_at FROM daily_work_tracking t
+    WHERE t.organization_id = $1 AND t.work_date = (SELECT work_date FROM today) AND t.slot_id = a.slot_id
+      AND t.open_at IS NOT NULL
+    OFFSET 0
+  ) t
 ),
 opened AS MATERIALIZED (
   SELECT c.*, (
-    SELECT min(t.open_at) FROM daily_work_tracking t
+    SELECT t.open_at FROM daily_work_tracking t
     WHERE t.organization_id = $1 AND t.work_date = (SELECT work_date FROM today) AND t.class_id = c.class_id
-      AND t.open_at IS NOT NULL AND t.slot_id <> ALL (ARRAY(SELECT a.slot_id FROM apart a WHERE a.slot_id IS NOT NULL))
-    ) AS open_at
+      AND t.open_at IS NOT NULL AND t.slot_id NOT IN (SELECT a.slot_id FROM apart a WHERE a.slot_id IS NOT NULL)
+    ORDER BY t.open_at LIMIT 1) AS open_at
   FROM classes c
 )
 SELECT kind, CASE WHEN kind = 0 THEN target ELSE '' END AS target, kind = 0 AND without_exit AS without_exit,
@@ -91,19 +102,12 @@ FROM (
   LEFT JOIN stops h ON h.target = c.target
   WHERE c.open_at IS NOT NULL
   UNION ALL
-  SELECT CASE WHEN t.open_at > y.now THEN 10 ELSE h.kind END, '', c.without_exit, c.exit_region, c.exit_provider,
-    c.persona_need, CASE WHEN t.open_at > y.now THEN to_timestamp(t.open_at) ELSE h.until END,
-    CASE WHEN t.open_at <= y.now THEN h.target END
+  SELECT CASE WHEN t.open_at > y.now THEN 10 ELSE t.kind END, '', c.without_exit, c.exit_region, c.exit_provider,
+    c.persona_need, CASE WHEN t.open_at > y.now THEN to_timestamp(t.open_at) ELSE t.until END,
+    CASE WHEN t.open_at <= y.now THEN t.target END
   FROM today y
-  CROSS JOIN apart a
-  CROSS JOIN LATERAL (
-    SELECT t.class_id, t.open_at FROM daily_work_tracking t
-    WHERE t.organization_id = $1 AND t.work_date = (SELECT work_date FROM today) AND t.slot_id = a.slot_id
-      AND t.open_at IS NOT NULL
-    OFFSET 0
-  ) t
+  CROSS JOIN apart_today t
   JOIN classes c ON c.class_id = t.class_id AND c.target = ''
-  JOIN stops h ON h.target = a.target
   UNION ALL
   -- Of the classes without an open slot only the nearest step counts, so the first that reaches it will do. The order
   -- is the index's own.
@@ -124,12 +128,15 @@ WHERE kind IS NOT NULL
 GROUP BY 1, 2, 3, 4, 5, 6;
 
 -- name: standing_of_slot
--- One slot, with everything that may hold it back. $1 organization, $2 slot. Index: primary keys,
--- daily_work_tracking_slot.
+-- One slot, with everything that may hold it back. A target may hold it back in several ways at once, so `room` does
+-- not say whether its probe is out. $1 organization, $2 slot. Index: primary keys, daily_work_tracking_slot.
 SELECT s.slot_id, s.target, s.is_active, s.in_date, s.taken, s.quota, s.open_units, s.next_unit_at, s.without_exit,
   s.exit_region, s.exit_provider, coalesce(s.persona_need, '') AS persona_need, r.room,
   CASE WHEN r.blocked_until > now() THEN r.blocked_until END AS held_until, coalesce(r.is_paused, false) AS is_paused,
   CASE WHEN r.probe_at > now() THEN r.probe_at END AS probe_at,
+  EXISTS (SELECT FROM targets t JOIN leases l ON l.allocation_key = t.probe_key
+    WHERE t.organization_id = $1 AND t.target = r.target AND l.organization_id = $1 AND l.expires_at > now())
+    AS probe_is_out,
   CASE WHEN r.delay_ms > 0 AND r.next_at > now() THEN r.next_at END AS next_at,
   coalesce(r.in_flight >= r.max_in_flight, false) AS is_full, coalesce(r.reason, '') AS reason
 FROM slots_today($1) s
@@ -159,22 +166,52 @@ WHERE h.organization_id = $1 AND h.cooling_until > now() AND n.enabled AND n.roo
 GROUP BY h.target, n.region;
 
 -- name: open_units_of_classes
--- As groups_of_classes for slots that may go out now, with their units: of at most $2 slots, shared by the classes, so
--- that the cost does not grow with the number of slots. Slots that are held for themselves add nothing.
+-- As groups_of_classes for slots that may go out now, with their units: of about $2 slots at most, so that the cost
+-- does not grow with the number of slots. The classes with such slots share them evenly, and what small classes leave
+-- goes evenly to the others. Slots that are held for themselves add nothing.
 -- $1 organization. Index: daily_work_tracking_open.
 WITH today AS MATERIALIZED (
   SELECT (now() AT TIME ZONE time_zone)::date AS work_date, extract(epoch FROM now())::double precision AS now
   FROM organizations WHERE organization_id = $1
 ),
 rooms AS MATERIALIZED (SELECT target, room FROM targets_now($1)),
+opened AS MATERIALIZED (
+  SELECT c.class_id, c.target, c.without_exit, c.exit_region, c.exit_provider, c.persona_need
+  FROM today y
+  CROSS JOIN slot_classes c
+  CROSS JOIN LATERAL (
+    SELECT FROM daily_work_tracking t
+    WHERE t.organization_id = $1 AND t.work_date = (SELECT work_date FROM today) AND t.class_id = c.class_id
+      AND t.open_at <= y.now
+    ORDER BY t.open_at LIMIT 1
+  ) o
+  WHERE c.organization_id = $1
+),
+even AS MATERIALIZED (SELECT $2::bigint / greatest(1, count(*)) + 1 AS share FROM opened),
+sizes AS MATERIALIZED (
+  SELECT s.slots
+  FROM today y
+  CROSS JOIN opened c
+  CROSS JOIN LATERAL (
+    SELECT count(*) AS slots FROM (
+      SELECT FROM daily_work_tracking t
+      WHERE t.organization_id = $1 AND t.work_date = (SELECT work_date FROM today) AND t.class_id = c.class_id
+        AND t.open_at <= y.now
+      ORDER BY t.open_at LIMIT (SELECT share FROM even)
+    ) o
+  ) s
+),
+-- Of a class that fills its even share.
 shares AS MATERIALIZED (
-  SELECT $2::bigint / greatest(1, count(*)) + 1 AS share FROM slot_classes WHERE organization_id = $1
+  SELECT ($2 - coalesce(sum(s.slots) FILTER (WHERE s.slots < e.share), 0)::bigint)
+    / greatest(1, count(*) FILTER (WHERE s.slots >= e.share)) + 1 AS share
+  FROM even e CROSS JOIN sizes s
 )
 SELECT 0 AS kind, c.target, c.without_exit, c.exit_region, c.exit_provider, c.persona_need, f.slots, f.units,
   (SELECT r.room FROM rooms r WHERE r.target = c.target) AS room, NULL::timestamptz AS until, NULL::uuid[] AS examples,
   NULL::text[] AS targets
 FROM today y
-CROSS JOIN slot_classes c
+CROSS JOIN opened c
 CROSS JOIN LATERAL (
   SELECT count(*) AS slots,
     coalesce(sum(least(open_units(o.quota, o.taken, o.paced_from, o.paced_seconds, y.now), r.room)), 0)::bigint AS units
@@ -187,7 +224,7 @@ CROSS JOIN LATERAL (
   ) o
   LEFT JOIN rooms r ON c.target = '' AND r.target = 'slot:' || o.slot_id
 ) f
-WHERE c.organization_id = $1 AND f.units > 0;
+WHERE f.units > 0;
 
 -- name: organizations
 -- All of them. Index: primary key.

@@ -145,7 +145,69 @@ async def test_the_free_capacity_is_counted_within_bounds(allocator: Allocator) 
     assert (await allocator.totals()).available_units == 20_001 * 10
     nodes = await _plan(door, queries("allocator", "standing.sql")["open_units_of_classes"], allocator, 1000)
     read = [node for node in nodes if node.get("Relation Name", "").startswith("daily_work_tracking")]
-    assert sum(node["Actual Rows"] for node in read) <= 1001
+    # To see that there is one, to see how much of its share it fills, and to count.
+    assert sum(node["Actual Rows"] for node in read) <= 1 + 2 * 1001
+
+
+# A slot of its own in each of 300 classes, and 200 more of one class, all with one unit.
+_CLASSES, _ALIKE = 300, 200
+
+
+@pytest.mark.parametrize("active", [False, True])
+async def test_what_small_classes_leave_is_counted_in_others(allocator: Allocator, active: bool) -> None:
+    await allocator.slot(daily_quota=1)
+    await allocator.sql(
+        f"""INSERT INTO work_slots (slot_id, organization_id, keyword, code, target, start_date, end_date, daily_quota,
+          settings, is_active, priority, weight, without_exit, spec_sha256, class_id)
+        SELECT gen_random_uuid(), organization_id, 'k' || g, '', '', start_date, end_date, 1, settings,
+          g > {_CLASSES} OR $1, CASE WHEN g > {_CLASSES} THEN 0 ELSE g END, weight, true, spec_sha256,
+          CASE WHEN g > {_CLASSES} THEN class_id ELSE class_of(organization_id, '', g, true, '', '', NULL) END
+        FROM (SELECT * FROM work_slots LIMIT 1) s, generate_series(1, {_CLASSES + _ALIKE - 1}) g""",
+        active,
+    )
+    await allocator.sql(
+        """SELECT track_slots(organization_id, (now() AT TIME ZONE 'UTC')::date, array_agg(slot_id)) FROM work_slots
+        GROUP BY organization_id"""
+    )
+    units = _ALIKE + (_CLASSES if active else 0)
+    assert (await allocator.explain()).available_units == units
+    assert (await allocator.totals()).available_units == units
+
+
+_HELD = 20_000
+
+
+async def test_a_refusal_does_not_compare_every_slot_that_is_held_for_itself_with_every_other(
+    allocator: Allocator,
+) -> None:
+    await allocator.slot(daily_quota=10)
+    door = allocator.door
+    assert door is not None
+    await door.execute(
+        f"""INSERT INTO work_slots (slot_id, organization_id, keyword, code, target, start_date, end_date, daily_quota,
+          settings, is_active, priority, weight, without_exit, spec_sha256, class_id)
+        SELECT gen_random_uuid(), organization_id, 'k' || g, '', '', start_date, end_date, 10, settings, true, priority,
+          weight, without_exit, spec_sha256, class_id
+        FROM (SELECT * FROM work_slots LIMIT 1) s, generate_series(2, {_HELD}) g;
+        SELECT track_slots(organization_id, (now() AT TIME ZONE 'UTC')::date, slots)
+        FROM (SELECT organization_id, array_agg(slot_id) AS slots FROM work_slots GROUP BY organization_id) s;
+        INSERT INTO targets (organization_id, target, blocked_until)
+        SELECT organization_id, 'slot:' || slot_id, now() + interval '1 hour' FROM work_slots"""
+    )
+    assert (await allocator.ask()).no_work.blocker == work_pb2.BLOCKER_KIND_TARGET_HELD
+    # With statistics and without.
+    for _ in range(2):
+        nodes = await _plan(door, queries("allocator", "standing.sql")["groups_of_classes"], allocator)
+        (scan,) = [node for node in nodes if "hashed SubPlan" in node.get("Filter", "") and "Index Name" in node]
+        assert scan["Rows Removed by Filter"] == _HELD
+        assert max(map(_handled, nodes)) <= 2 * _HELD
+        await door.execute("ANALYZE work_slots, daily_work_tracking, targets")
+
+
+def _handled(node: dict[str, Any]) -> int:
+    """Returns how many rows a node of a plan has looked at or compared, over all its loops."""
+    filtered = ("Rows Removed by Filter", "Rows Removed by Join Filter")
+    return int(node["Actual Loops"] * (node["Actual Rows"] + sum(node.get(name, 0) for name in filtered)))
 
 
 async def _plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -228,14 +229,39 @@ async def test_explain_and_allocation_agree(allocator: Allocator, name: str) -> 
     await allocator.take(wait=Duration(seconds=5))
 
 
-async def test_a_persona_store_that_is_away_is_told(allocator: Allocator) -> None:
+async def _later() -> None:
+    """Waits until what failed is no longer avoided when work is chosen, as an operator does who comes to look."""
+    await asyncio.sleep(1.2)
+
+
+async def _both_say(allocator: Allocator, kind: str, slot: slot_pb2.Slot) -> insight_pb2.Blocker:
+    """Checks what alone stands in the way of the only slot, and returns it."""
+    for scope in ("", slot.slot_id):
+        explained = await allocator.explain(slot_id=scope)
+        (blocker,) = explained.blockers
+        assert _name(blocker.kind) == kind
+        assert list(blocker.example_ids) == [slot.slot_id]
+        assert explained.available_units == 0
+    return blocker
+
+
+async def test_a_persona_store_that_is_away_is_told(start_service: StartService) -> None:
+    allocator = await Allocator.of(await start_service("allocator", persona_store={"target": "127.0.0.1:1"}))
     slot = await allocator.slot(persona=slot_pb2.PersonaNeed(min_aging_level=1))
+    # Nobody has tried.
+    assert not (await allocator.explain()).blockers
     answer = (await allocator.ask()).no_work
     assert _name(answer.blocker) == "PERSONA_STORE_UNAVAILABLE"
-    for scope in ("", slot.slot_id):
-        (blocker,) = (await allocator.explain(slot_id=scope)).blockers
-        assert _name(blocker.kind) == "PERSONA_STORE_UNAVAILABLE"
-        assert list(blocker.example_ids) == [slot.slot_id]
+    await _later()
+    await _both_say(allocator, "PERSONA_STORE_UNAVAILABLE", slot)
+
+
+async def test_without_a_persona_store_it_is_told_before_anybody_asks(allocator: Allocator) -> None:
+    slot = await allocator.slot(persona=slot_pb2.PersonaNeed(min_aging_level=1))
+    await _both_say(allocator, "PERSONA_STORE_UNAVAILABLE", slot)
+    # A slot that needs none goes out.
+    await allocator.slot(daily_quota=3)
+    assert (await allocator.explain()).available_units == 3
 
 
 async def test_a_provider_that_is_away_is_told(start_service: StartService, tmp_path: Path) -> None:
@@ -249,11 +275,8 @@ async def test_a_provider_that_is_away_is_told(start_service: StartService, tmp_
         server.always = Fault.NONE_FREE
         answer = (await allocator.ask()).no_work
         assert _name(answer.blocker) == "EXIT_UNAVAILABLE"
-        for scope in ("", slot.slot_id):
-            (blocker,) = (await allocator.explain(slot_id=scope)).blockers
-            assert _name(blocker.kind) == "EXIT_UNAVAILABLE"
-            assert "vpn" in blocker.message
-            assert list(blocker.example_ids) == [slot.slot_id]
+        await _later()
+        assert "vpn" in (await _both_say(allocator, "EXIT_UNAVAILABLE", slot)).message
         server.always = None
 
         async def given() -> bool:
@@ -264,6 +287,35 @@ async def test_a_provider_that_is_away_is_told(start_service: StartService, tmp_
 
         await until(given)
         await until(told)
+
+
+async def test_a_provider_that_is_passed_over_or_gone_is_told_before_anybody_asks(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    async with ProviderServer() as server:
+        provider = {"url": server.url, "token_file": tmp_path / "token", "holder": "muster-test"}
+        service = await start_service(
+            "allocator", exit_providers={"vpn": provider}, external_exits={"pause_seconds": 600}
+        )
+        allocator = await Allocator.of(service)
+        europe = await allocator.slot(without_exit=False, exit_provider="vpn", exit_region="eu")
+        server.always = Fault.BROKEN
+
+        async def passed_over() -> bool:
+            before = server.counted("PUT")
+            assert not (await allocator.ask()).allocations
+            return server.counted("PUT") == before
+
+        await until(passed_over)
+        # Nobody has asked for this region yet.
+        await allocator.update(europe.slot_id, is_active=False)
+        asia = await allocator.slot(without_exit=False, exit_provider="vpn", exit_region="asia")
+        (blocker,) = (await allocator.explain(slot_id=asia.slot_id)).blockers
+        assert _name(blocker.kind) == "EXIT_UNAVAILABLE"
+    without = await Allocator.of(await start_service("allocator", database=service.database))
+    for scope in ("", asia.slot_id):
+        assert _name((await without.explain(slot_id=scope)).blockers[0].kind) == "EXIT_UNAVAILABLE"
 
 
 async def test_an_organization_hears_of_every_step_the_nearest_first(allocator: Allocator) -> None:
@@ -310,6 +362,20 @@ async def test_a_slot_hears_of_every_step_that_holds(allocator: Allocator) -> No
     assert "5 of 10 blocked" in blockers[2].message
     assert "shop" in blockers[2].message
     assert "of region eu" in blockers[4].message
+
+
+async def test_a_slot_hears_that_its_targets_probe_is_out(allocator: Allocator) -> None:
+    slot = await allocator.slot(target="shop")
+    await _policy(allocator, max_in_flight=1, min_delay=Duration(seconds=3600))
+    await allocator.sql("UPDATE targets SET paused_at = now(), pauses = 1, probe_at = now()")
+    (probe,) = await allocator.take()
+    assert _name((await allocator.ask()).no_work.blocker) == "TARGET_PAUSED"
+    blockers = (await allocator.explain(slot_id=slot.slot_id)).blockers
+    assert [_name(one.kind) for one in blockers] == ["TARGET_PAUSED", "TARGET_BUSY"]
+    # The lease has run out: the next probe may go out, but for the delay.
+    await allocator.run_out(probe)
+    blockers = (await allocator.explain(slot_id=slot.slot_id)).blockers
+    assert [_name(one.kind) for one in blockers] == ["TARGET_BUSY"]
 
 
 async def test_filters_say_what_is_looked_at(allocator: Allocator) -> None:

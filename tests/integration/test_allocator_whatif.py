@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from muster.allocator.v1 import exit_pb2, insight_pb2, slot_pb2, target_pb2, target_pb2_grpc, work_pb2
 
 from tests.support.allocator import Allocator
+from tests.support.exit_provider import TOKEN, Fault, ProviderServer
 from tests.support.services import StartService
 
 
@@ -92,11 +94,46 @@ async def test_the_very_units_are_told_when_nothing_ranks_alike(allocator: Alloc
         assert [(unit.slot_id, unit.keyword) for unit in told] == [(unit.slot_id, unit.keyword) for unit in given]
 
 
-async def test_personas_and_providers_are_named_and_not_asked(allocator: Allocator) -> None:
+async def test_personas_and_providers_are_named_and_not_asked(start_service: StartService) -> None:
+    allocator = await Allocator.of(await start_service("allocator", persona_store={"target": "127.0.0.1:1"}))
     await allocator.slot(keyword="p", persona=slot_pb2.PersonaNeed(min_aging_level=1), target="shop")
     (unit,) = (await _simulate(allocator)).units
     assert (unit.keyword, unit.target, unit.needs_persona, unit.exit_id) == ("p", "shop", True, "")
     assert not await allocator.sql("SELECT FROM leases")
+
+
+async def test_a_persona_store_that_is_away_is_told_where_it_matters(allocator: Allocator) -> None:
+    await allocator.slot(persona=slot_pb2.PersonaNeed(min_aging_level=1), priority=1)
+    answer = (await allocator.ask()).no_work
+    told = (await _simulate(allocator)).no_work
+    assert told.blocker == answer.blocker == work_pb2.BLOCKER_KIND_PERSONA_STORE_UNAVAILABLE
+    assert "correct persona_store.target" in told.message
+    # Nothing is known of this target, and no persona would help.
+    told = (await _simulate(allocator, target="other")).no_work
+    assert told.blocker == work_pb2.BLOCKER_KIND_NO_SLOT
+    assert told.blocker == (await allocator.ask(target="other")).no_work.blocker
+    await allocator.slot(keyword="plain")
+    assert [unit.keyword for unit in (await _simulate(allocator, 2)).units] == ["plain"] * 2
+
+
+async def test_a_provider_that_is_away_is_told_where_it_matters(start_service: StartService, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    async with ProviderServer() as server:
+        provider = {"url": server.url, "token_file": tmp_path / "token", "holder": "muster-test"}
+        service = await start_service("allocator", exit_providers={"vpn": provider})
+        allocator = await Allocator.of(service)
+        await allocator.slot(without_exit=False, exit_provider="vpn", priority=1)
+        (unit,) = (await _simulate(allocator)).units
+        assert unit.exit_provider == "vpn"
+        server.always = Fault.NONE_FREE
+        answer = (await allocator.ask()).no_work
+        assert (await _simulate(allocator)).no_work.blocker == answer.blocker == work_pb2.BLOCKER_KIND_EXIT_UNAVAILABLE
+        assert (await _simulate(allocator, target="other")).no_work.blocker == work_pb2.BLOCKER_KIND_NO_SLOT
+    # Configured no more: known without being tried.
+    without = await Allocator.of(await start_service("allocator", database=service.database))
+    assert (await _simulate(without)).no_work.blocker == work_pb2.BLOCKER_KIND_EXIT_UNAVAILABLE
+    await without.slot(keyword="plain")
+    assert [unit.keyword for unit in (await _simulate(without, 2)).units] == ["plain"] * 2
 
 
 async def test_no_work_is_told_as_it_would_be(allocator: Allocator) -> None:

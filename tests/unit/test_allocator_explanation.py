@@ -13,6 +13,10 @@ from prometheus_client import REGISTRY
 
 from allocator.blockers import STEP, BlockerKind, remedy, retry_seconds
 from allocator.capacity import Capacity
+from allocator.failures import Failures
+from allocator.packages import AssignedPersona, Demand, Package, Task, Terms
+from allocator.personas import Personas, PersonaStoreUnavailable
+from allocator.slots import PersonaNeed
 from allocator.standing import ANY_NEED, CoolingExits, RegionExits, SlotGroup, Supply
 from services.errors import DatabaseUnavailable
 
@@ -107,6 +111,80 @@ def test_what_failed_a_moment_ago_blocks_who_needs_it() -> None:
     away = _supply(failing_needs=frozenset({ANY_NEED}))
     assert away.blocker(_group(without_exit=True, persona_need="other")) is BlockerKind.PERSONA_STORE_UNAVAILABLE
     assert away.blocker(_group(without_exit=True)) is None
+
+
+def test_a_failure_is_avoided_for_a_moment_and_told_for_longer_or_until_it_ends() -> None:
+    now = 0.0
+    failures: Failures[str] = Failures(clock=lambda: now)
+    own, other = UUID(int=1), UUID(int=2)
+    failures.failed(own, ("a", "b"))
+    assert failures.avoided(own) == failures.told(own) == {"a", "b"}
+    assert not failures.avoided(other) | failures.told(other)
+    failures.succeeded(own, ("a", "c"))
+    # One persona was had, and the next may not be.
+    assert failures.avoided(own) == {"a", "b"}
+    assert failures.told(own) == {"b"}
+    now = 1.5
+    assert failures.avoided(own) == set()
+    assert failures.told(own) == {"b"}
+    now = 59.0
+    failures.failed(own, ("a",))
+    now = 61.0
+    assert failures.told(own) == {"a"}
+
+
+class _Personas:
+    """All that personas are completed with: a store that has as many as it is given, and a database that agrees."""
+
+    def __init__(self) -> None:
+        self.is_configured = True
+        self.is_away = False
+        self.idle = 0
+
+    async def check_out(
+        self, organization_id: UUID, needs: Sequence[tuple[UUID, PersonaNeed]], duration_seconds: float
+    ) -> list[AssignedPersona | None]:
+        if self.is_away:
+            raise PersonaStoreUnavailable
+        given = min(self.idle, len(needs))
+        self.idle -= given
+        return [AssignedPersona(UUID(int=9), b"token", 1)] * given + [None] * (len(needs) - given)
+
+    async def attach_personas(self, organization_id: UUID, given: Sequence[tuple[UUID, AssignedPersona]]) -> set[UUID]:
+        return {key for key, _ in given}
+
+    async def withdraw(self, organization_id: UUID, keys: Sequence[UUID], request_id: UUID | None) -> None:
+        pass
+
+    def outdate(self, organization_id: UUID) -> None:
+        pass
+
+
+async def test_what_is_told_of_personas_follows_the_last_try() -> None:
+    house: Any = _Personas()
+    personas = Personas(house, house, house, house, greatest_age_seconds=60.0)
+    organization_id, need = UUID(int=1), PersonaNeed(region="kr")
+    task = Task(UUID(int=2), "k", "", "", {}, need, "", "")
+    terms = Terms(_NOW.date(), _NOW, _NOW)
+    demand = Demand(UUID(int=3), b"", "pc-1", 0, 2, "", "", "")
+
+    async def tried() -> frozenset[str]:
+        packages = [Package(UUID(int=number), UUID(int=4), task, terms, demand) for number in (5, 6)]
+        await personas.complete(organization_id, demand.request_id, packages)
+        return personas.unavailable(organization_id)
+
+    assert personas.unavailable(organization_id) == set()
+    house.is_away = True
+    assert await tried() == {ANY_NEED}
+    house.is_away = False
+    assert await tried() == {need.to_json()}
+    house.idle = 2
+    assert await tried() == set()
+    # One of two goes without: there is none for the next.
+    house.idle = 1
+    assert await tried() == {need.to_json()}
+    house.is_configured = False
+    assert personas.unavailable(organization_id) == {ANY_NEED}
 
 
 class _Fleet:
