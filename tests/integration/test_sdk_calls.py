@@ -25,6 +25,7 @@ PC = ClientIdentity("pc-1")
 NOTHING = work_pb2.AllocateWorkResponse(
     no_work=work_pb2.NoWork(blocker=work_pb2.BLOCKER_KIND_QUOTA_EXHAUSTED, message="all taken")
 )
+SLOT = slot_pb2.Slot(slot_id="s", spec=slot_pb2.SlotSpec(keyword="k", start_date="2026-01-01", end_date="2026-12-31"))
 QUICK = RetryPolicy(call_seconds=2.0, total_seconds=5.0)
 
 
@@ -112,19 +113,18 @@ async def test_a_delay_past_the_budget_ends_the_call_at_once(server: ScriptedSer
     assert caught.value.retry_after == timedelta(hours=1)
 
 
-async def test_an_update_is_repeated_only_when_the_service_says_so(server: ScriptedServer, client: Client) -> None:
-    """A second update after a lost answer would write the history twice."""
-    spec = SlotSpec("k", date(2026, 1, 1), date(2026, 12, 31), 5)
-    server.on("SlotService/UpdateSlot", Status(grpc.StatusCode.UNAVAILABLE, "connection reset"))
-    with pytest.raises(errors.Unavailable):
-        await client.slots.update("s", spec, ["daily_quota"])
-    assert len(server.calls["SlotService/UpdateSlot"]) == 1
-    slot = slot_pb2.Slot(
-        slot_id="s", spec=slot_pb2.SlotSpec(keyword="k", start_date="2026-01-01", end_date="2026-12-31")
+async def test_an_update_outlives_a_restart_of_the_service(server: ScriptedServer, client: Client) -> None:
+    server.on(
+        "SlotService/UpdateSlot",
+        Status(grpc.StatusCode.UNAVAILABLE, "connection reset"),
+        refusal("DRAINING", retry_after=0.01),
+        slot_pb2.UpdateSlotResponse(slot=SLOT),
     )
-    server.on("SlotService/UpdateSlot", refusal("DRAINING", retry_after=0.01), slot_pb2.UpdateSlotResponse(slot=slot))
-    assert (await client.slots.update("s", spec, ["daily_quota"])).slot_id == "s"
-    assert list(server.calls["SlotService/UpdateSlot"][-1].update_mask.paths) == ["daily_quota"]
+    spec = SlotSpec("k", date(2026, 1, 1), date(2026, 12, 31), 5)
+    assert (await client.slots.update("s", spec, ["daily_quota"], etag="e1")).slot_id == "s"
+    first, *others = server.calls["SlotService/UpdateSlot"]
+    assert others == [first] * 2
+    assert (list(first.update_mask.paths), first.etag) == (["daily_quota"], "e1")
 
 
 async def test_an_answer_that_never_comes_is_a_deadline_and_then_an_end(server: ScriptedServer) -> None:

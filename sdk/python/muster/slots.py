@@ -118,6 +118,8 @@ class Slots:
     ) -> Slot:
         """Changes the named fields of a slot. Live leases keep what they were given.
 
+        Safe to repeat: a slot that is so already stays, and gets no second row of history.
+
         Args:
             slot_id: Which.
             spec: The new values.
@@ -136,8 +138,7 @@ class Slots:
             etag=etag,
             reason=reason,
         )
-        # A second update after a lost answer would meet its own etag, or write a second history row.
-        answer = await self._transport.call(self._stub.UpdateSlot, request, idempotent=False)
+        answer = await self._transport.call(self._stub.UpdateSlot, request)
         return _slot(answer.slot)
 
     async def pause(self, slot_id: str, *, reason: str = "") -> Slot:
