@@ -63,6 +63,7 @@ def muster(server: ScriptedServer, tmp_path: Path) -> Muster:
 async def test_slots_are_made_listed_changed_and_paused(server: ScriptedServer, muster: Muster) -> None:
     server.on("SlotService/CreateSlot", slot_pb2.CreateSlotResponse(slot=SLOT))
     server.on("SlotService/ListSlots", slot_pb2.ListSlotsResponse(slots=[SLOT]))
+    server.on("SlotService/GetSlot", slot_pb2.GetSlotResponse(slot=SLOT))
     server.on("SlotService/UpdateSlot", slot_pb2.UpdateSlotResponse(slot=SLOT))
     change = slot_pb2.SlotChange(changed_at=MOMENT, actor="key-1", difference_json='{"daily_quota": [1, 2]}')
     server.on("SlotService/ListSlotHistory", slot_pb2.ListSlotHistoryResponse(changes=[change]))
@@ -107,6 +108,7 @@ async def test_slots_are_made_listed_changed_and_paused(server: ScriptedServer, 
     assert list(update.update_mask.paths) == ["daily_quota", "exit_region", "pacing", "persona"]
     assert (update.spec.pacing, update.spec.exit_region) == (slot_pb2.PACING_EVEN, "")
     assert update.spec.persona == slot_pb2.PersonaNeed(tags=["a"], cool_down_seconds=60)
+    assert update.etag == SLOT.etag
     assert (await muster("slot", "update", "s-1", "--needs-no-persona", "--persona-tag", "a")).code == 2
     assert (await muster("slot", "update", "s-1")).code == 2
     server.on("SlotService/PauseSlot", slot_pb2.PauseSlotResponse(slot=SLOT))
