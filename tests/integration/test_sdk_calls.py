@@ -213,9 +213,11 @@ async def test_a_list_goes_from_page_to_page(server: ScriptedServer, client: Cli
         exits = [exit_pb2.Exit(exit_id=name, spec=exit_pb2.ExitSpec(endpoint="http://p:1")) for name in names]
         return exit_pb2.ListExitsResponse(exits=exits, next_page_token=token)
 
-    server.on("ExitService/ListExits", page(["a", "b"], "t1"), refusal("DRAINING", retry_after=0.01), page(["c"], ""))
-    assert [found.exit_id async for found in client.exits.list(page_size=2)] == ["a", "b", "c"]
-    assert [request.page_token for request in server.calls["ExitService/ListExits"]] == ["", "t1", "t1"]
+    # A page may hold fewer than were asked for, even none, and not be the last one.
+    pages = [page(["a", "b"], "t1"), refusal("DRAINING", retry_after=0.01), page([], "t2"), page(["c"], "")]
+    server.on("ExitService/ListExits", *pages)
+    assert [found.exit_id async for found in client.exits.list(page_size=1000)] == ["a", "b", "c"]
+    assert [request.page_token for request in server.calls["ExitService/ListExits"]] == ["", "t1", "t1", "t2"]
 
 
 async def test_a_toggle_and_exits_carry_what_was_said(server: ScriptedServer, client: Client) -> None:
