@@ -12,6 +12,7 @@ from muster import Client, Pacing, PersonaNeed, SlotSpec
 from muster.slots import Slot
 from muster.values import Setting, setting_values
 
+from services.cli.acting import repeatable
 from services.cli.connection import connected
 from services.cli.output import json_option, parsed_day, show_json, show_table
 from services.cli.slot_files import export_file, import_file
@@ -106,7 +107,8 @@ def _given(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | No
 @click.option("--external-id", default="", help="An external site's id, which makes creating safe to repeat.")
 @json_option
 @connected
-async def create(client: Client, /, as_json: bool, external_id: str, **options: Any) -> None:
+@repeatable
+async def create(client: Client, /, as_json: bool, external_id: str, request_id: str, **options: Any) -> None:
     """Make a slot."""
     given, criteria = _given(options)
     if criteria is not None:
@@ -114,7 +116,8 @@ async def create(client: Client, /, as_json: bool, external_id: str, **options: 
     missing = [name for name in ("keyword", "start_date", "end_date", "daily_quota") if name not in given]
     if missing:
         raise click.UsageError(f"missing {', '.join('--' + name.replace('_', '-') for name in missing)}")
-    _show(await client.slots.create(SlotSpec(**given, external_id=external_id)), as_json)
+    spec = SlotSpec(**given, external_id=external_id)
+    _show(await client.slots.create(spec, request_id=request_id), as_json)
 
 
 @slot.command("list")

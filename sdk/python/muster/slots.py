@@ -65,14 +65,18 @@ class Slots:
     def _stub(self) -> slot_pb2_grpc.SlotServiceAsyncStub:
         return self._transport.stub(slot_pb2_grpc.SlotServiceStub)
 
-    async def create(self, spec: SlotSpec) -> Slot:
+    async def create(self, spec: SlotSpec, *, request_id: str = "") -> Slot:
         """Makes a slot.
+
+        Args:
+            spec: What it is to be.
+            request_id: A UUID, to ask again after a lost answer within 24 hours; empty makes a fresh one.
 
         Raises:
             SlotExists: another slot has its `external_id`.
             MusterError: it was refused, or did not succeed in time.
         """
-        request = slot_pb2.CreateSlotRequest(request_id=str(uuid.uuid4()), spec=spec_message(spec))
+        request = slot_pb2.CreateSlotRequest(request_id=request_id or str(uuid.uuid4()), spec=spec_message(spec))
         answer = await self._transport.call(self._stub.CreateSlot, request)
         return _slot(answer.slot)
 
