@@ -13,8 +13,9 @@ from session_tracker.leases import AllocatorUnavailable
 from session_tracker.sessions import Lease
 
 _CALL_SECONDS = 10.0
-# Refusals after which a lease cannot come back. Another one says nothing about the lease: it is asked for again.
-_LOST = frozenset({"LEASE_LOST", "LEASE_TOKEN_MISMATCH", "LEASE_AGE_EXCEEDED", "ALLOCATION_NOT_FOUND"})
+# Refusals after which a lease cannot come back. Another one, also that it is at its greatest age, leaves it alive until
+# it runs out: it is asked for again.
+_LOST = frozenset({"LEASE_LOST", "LEASE_TOKEN_MISMATCH", "ALLOCATION_NOT_FOUND"})
 
 
 class AllocatorLeases:

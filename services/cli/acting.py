@@ -1,12 +1,16 @@
-"""What the commands have in common that act by hand: a reason, a dry run, and answers item by item."""
+"""What the commands have in common that act by hand: a reason, a dry run, a request id, and answers item by item."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import click
+from muster import Client
 from muster.acts import ActedItem
+from muster.errors import DeadlineExceeded, Unavailable
 
 from services.cli.connection import told
 from services.cli.output import show_json
@@ -16,6 +20,33 @@ def act_options(command: Any) -> Any:
     """Gives a command --reason and --dry-run."""
     command = click.option("--dry-run", is_flag=True, help="Only say what would be done.")(command)
     return click.option("--reason", required=True, help="For the audit entry.")(command)
+
+
+def repeatable(act: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """Gives a command that is not safe to repeat by itself --request-id; stands between it and `connected`.
+
+    The command gets a fresh `request_id` where none is given. When no answer came, it may have been done: the error
+    then tells the id under which it is done once.
+    """
+
+    @click.option(
+        "--request-id",
+        type=click.UUID,
+        default=uuid.uuid4,
+        help="Of a command that got no answer, to repeat it within 24 hours without doing it twice.",
+    )
+    @functools.wraps(act)
+    async def run(client: Client, /, *args: Any, request_id: uuid.UUID, **kwargs: Any) -> None:
+        try:
+            await act(client, *args, request_id=str(request_id), **kwargs)
+        except (DeadlineExceeded, Unavailable) as error:
+            if kwargs.get("dry_run"):
+                raise
+            raise click.ClickException(
+                f"{told(error)}; it may have been done: repeat it with --request-id {request_id}, which does it once"
+            ) from None
+
+    return run
 
 
 def show_items(items: Sequence[ActedItem], done: str, *, dry_run: bool, as_json: bool) -> None:

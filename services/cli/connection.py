@@ -21,6 +21,8 @@ CLIENT_FILE = "client.env"
 # A person waits at the other end: long enough for a restart of the service, short enough not to look hung.
 _POLICY = RetryPolicy(call_seconds=10.0, total_seconds=5.0)
 
+_START = "start it (`muster up` or `muster serve`), or correct its address"
+
 _VARIABLES = (
     "MUSTER_API_KEY",
     "MUSTER_API_KEY_FILE",
@@ -56,8 +58,10 @@ def told(error: MusterError) -> str:
     """Returns an error as one line for a person: reason, fields with their limits, metadata, and the mend."""
     if isinstance(error, NotConfigured):
         return f"{error.message}, or run `muster up` here"
-    if isinstance(error, Unavailable | DeadlineExceeded) and not error.reason:
-        return f"{_one_line(error.message)}: start it (`muster up` or `muster serve`), or correct its address"
+    if isinstance(error, Unavailable) and not error.reason:
+        return f"{_one_line(error.message)}: {_START}"
+    if isinstance(error, DeadlineExceeded) and not error.reason:
+        return f"{_one_line(error.message)}: it is slow, and its log may say why; or it is not there: {_START}"
     parts = [error.reason or error.code]
     if error.violations:
         parts.append("; ".join(f"{violation.field}: {violation.rule}" for violation in error.violations))

@@ -11,6 +11,7 @@ import click
 from muster import Client, ExitCapMode, ExitSpec
 from muster.exits import Exit
 
+from services.cli.acting import repeatable
 from services.cli.connection import connected
 from services.cli.output import json_option, parsed_duration, show_json, show_table
 
@@ -86,9 +87,10 @@ async def list_exits(client: Client, as_json: bool) -> None:
 @click.option("--reason", default="", help="For the log.")
 @json_option
 @connected
-async def toggle(client: Client, exit_id: str, reason: str, as_json: bool) -> None:
+@repeatable
+async def toggle(client: Client, exit_id: str, reason: str, request_id: str, as_json: bool) -> None:
     """Say that an exit has a new address: its uses start from 0."""
-    _show([await client.exits.toggle(exit_id, reason=reason)], as_json)
+    _show([await client.exits.toggle(exit_id, reason=reason, request_id=request_id)], as_json)
 
 
 @exit_.command()

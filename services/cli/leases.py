@@ -7,7 +7,7 @@ from datetime import date, timedelta
 import click
 from muster import Client
 
-from services.cli.acting import act_options, show_items
+from services.cli.acting import act_options, repeatable, show_items
 from services.cli.connection import connected
 from services.cli.output import json_option, parsed_day, parsed_duration, show_json
 
@@ -27,9 +27,12 @@ def quota() -> None:
 @act_options
 @json_option
 @connected
-async def revoke(client: Client, allocation_keys: tuple[str, ...], reason: str, dry_run: bool, as_json: bool) -> None:
+@repeatable
+async def revoke(
+    client: Client, allocation_keys: tuple[str, ...], reason: str, dry_run: bool, request_id: str, as_json: bool
+) -> None:
     """End leases without their holders; the units can be handed out again."""
-    items = await client.acts.revoke_leases(allocation_keys, reason=reason, dry_run=dry_run)
+    items = await client.acts.revoke_leases(allocation_keys, reason=reason, dry_run=dry_run, request_id=request_id)
     show_items(items, "revoked", dry_run=dry_run, as_json=as_json)
 
 
@@ -43,6 +46,7 @@ async def revoke(client: Client, allocation_keys: tuple[str, ...], reason: str, 
 @act_options
 @json_option
 @connected
+@repeatable
 async def release(
     client: Client,
     older_than: timedelta,
@@ -51,11 +55,18 @@ async def release(
     at_most: int,
     reason: str,
     dry_run: bool,
+    request_id: str,
     as_json: bool,
 ) -> None:
     """End the leases that were granted longest ago."""
     found = await client.acts.release_by_age(
-        older_than, slot_id=slot_id, client_id=client_id, at_most=at_most, reason=reason, dry_run=dry_run
+        older_than,
+        slot_id=slot_id,
+        client_id=client_id,
+        at_most=at_most,
+        reason=reason,
+        dry_run=dry_run,
+        request_id=request_id,
     )
     if as_json:
         show_json(found)
@@ -75,11 +86,21 @@ async def release(
 @act_options
 @json_option
 @connected
+@repeatable
 async def reopen(
-    client: Client, slot_id: str, work_date: date | None, units: int, reason: str, dry_run: bool, as_json: bool
+    client: Client,
+    slot_id: str,
+    work_date: date | None,
+    units: int,
+    reason: str,
+    dry_run: bool,
+    request_id: str,
+    as_json: bool,
 ) -> None:
     """Let a slot's day hand out more units."""
-    found = await client.acts.reopen_quota(slot_id, work_date=work_date, units=units, reason=reason, dry_run=dry_run)
+    found = await client.acts.reopen_quota(
+        slot_id, work_date=work_date, units=units, reason=reason, dry_run=dry_run, request_id=request_id
+    )
     if as_json:
         show_json(found)
         return

@@ -9,6 +9,7 @@ import click
 from muster import Client, PersonaStatus
 from muster.personas import Generation, Persona
 
+from services.cli.acting import repeatable
 from services.cli.connection import connected
 from services.cli.output import json_option, show_json, show_table
 
@@ -31,6 +32,7 @@ def persona() -> None:
 @click.option("--tag", "tags", multiple=True, help="Repeatable, up to 16.")
 @json_option
 @connected
+@repeatable
 async def create(
     client: Client,
     file: Path,
@@ -39,6 +41,7 @@ async def create(
     status: str,
     region: str,
     tags: tuple[str, ...],
+    request_id: str,
     as_json: bool,
 ) -> None:
     """Make a persona of a fingerprint: a FILE with a JSON object of at most 256 KiB."""
@@ -49,6 +52,7 @@ async def create(
         status=PersonaStatus[status.upper()],
         region=region,
         tags=tags,
+        request_id=request_id,
     )
     _show_one(made, as_json)
 
@@ -135,9 +139,10 @@ async def generations(client: Client, persona_id: str, as_json: bool) -> None:
 @click.argument("generation", type=click.IntRange(1))
 @json_option
 @connected
-async def rollback(client: Client, persona_id: str, generation: int, as_json: bool) -> None:
+@repeatable
+async def rollback(client: Client, persona_id: str, generation: int, request_id: str, as_json: bool) -> None:
     """Commit a new generation with the parts of an older one."""
-    _show_generations((await client.personas.rollback(persona_id, generation),), as_json)
+    _show_generations((await client.personas.rollback(persona_id, generation, request_id=request_id),), as_json)
 
 
 def _show_one(one: Persona, as_json: bool) -> None:

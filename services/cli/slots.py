@@ -12,6 +12,7 @@ from muster import Client, Pacing, PersonaNeed, SlotSpec
 from muster.slots import Slot
 from muster.values import Setting, setting_values
 
+from services.cli.acting import repeatable
 from services.cli.connection import connected
 from services.cli.output import json_option, parsed_day, show_json, show_table
 from services.cli.slot_files import export_file, import_file
@@ -45,6 +46,10 @@ def _pacing(_: click.Context, __: click.Parameter, value: str | None) -> Pacing 
     return Pacing[value.upper()] if value else None
 
 
+def _tags(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...] | None:
+    return tuple(tag for tag in value if tag) if value else None
+
+
 _UINT32 = click.IntRange(0, 2**32 - 1)
 _FIELDS = (
     click.option("--keyword", help="1 to 200 characters."),
@@ -63,8 +68,14 @@ _FIELDS = (
     click.option("--exit-region", help="Only exits of this region; empty for any."),
     click.option("--exit-provider", help="The external provider of its exits; empty for the pool."),
     click.option("--needs-persona/--needs-no-persona", default=None, help="Whether every unit gets a persona."),
-    click.option("--persona-tag", "tags", multiple=True, help="Its persona has this tag; repeatable."),
-    click.option("--persona-region", "region", help="Its persona is of this region."),
+    click.option(
+        "--persona-tag",
+        "tags",
+        multiple=True,
+        callback=_tags,
+        help="Its persona has this tag; repeatable; empty for any.",
+    ),
+    click.option("--persona-region", "region", help="Its persona is of this region; empty for any."),
     click.option("--persona-aging", "min_aging_level", type=_UINT32, help="Its persona's least aging level."),
     click.option("--persona-rest", "cool_down_seconds", type=_UINT32, help="How long it has rested, in seconds."),
 )
@@ -76,18 +87,19 @@ def _with_fields(command: Any) -> Any:
     return command
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a slot that are named, with those of its persona folded into one."""
-    criteria = {name: options.pop(name) for name in _CRITERIA if options.get(name) not in (None, ())}
-    needs = options.pop("needs_persona")
-    given = {name: value for name, value in options.items() if value is not None and name not in _CRITERIA}
-    if criteria:
-        if needs is False:
-            raise click.UsageError("--needs-no-persona goes with no criteria of a persona")
-        given["persona"] = PersonaNeed(**criteria)
-    elif needs is not None:
-        given["persona"] = PersonaNeed() if needs else None
-    return given
+def _given(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Returns the fields of a slot that are named, and those criteria of its persona that are.
+
+    The criteria are None when nothing is said of a persona, and when none is to be needed any more.
+    """
+    named = {name: value for name, value in options.items() if value is not None}
+    needs = named.pop("needs_persona", None)
+    criteria = {name: named.pop(name) for name in _CRITERIA if name in named}
+    if criteria and needs is False:
+        raise click.UsageError("--needs-no-persona goes with no criteria of a persona")
+    if needs is False:
+        named["persona"] = None
+    return named, criteria if criteria or needs else None
 
 
 @slot.command()
@@ -95,13 +107,17 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--external-id", default="", help="An external site's id, which makes creating safe to repeat.")
 @json_option
 @connected
-async def create(client: Client, /, as_json: bool, external_id: str, **options: Any) -> None:
+@repeatable
+async def create(client: Client, /, as_json: bool, external_id: str, request_id: str, **options: Any) -> None:
     """Make a slot."""
-    given = _given(options)
+    given, criteria = _given(options)
+    if criteria is not None:
+        given["persona"] = PersonaNeed(**criteria)
     missing = [name for name in ("keyword", "start_date", "end_date", "daily_quota") if name not in given]
     if missing:
         raise click.UsageError(f"missing {', '.join('--' + name.replace('_', '-') for name in missing)}")
-    _show(await client.slots.create(SlotSpec(**given, external_id=external_id)), as_json)
+    spec = SlotSpec(**given, external_id=external_id)
+    _show(await client.slots.create(spec, request_id=request_id), as_json)
 
 
 @slot.command("list")
@@ -177,7 +193,12 @@ async def get(client: Client, slot_id: str, as_json: bool) -> None:
 @connected
 async def update(client: Client, /, slot_id: str, etag: str, reason: str, as_json: bool, **options: Any) -> None:
     """Change what is named of a slot. Live leases keep what they were given."""
-    changes = _given(options)
+    changes, criteria = _given(options)
+    if criteria is not None:
+        # The need is one field to the service: what is not named comes from the slot, as long as it stands so.
+        stands = await client.slots.get(slot_id)
+        changes["persona"] = dataclasses.replace(stands.spec.persona or PersonaNeed(), **criteria)
+        etag = etag or stands.etag
     if not changes:
         raise click.UsageError("nothing to change: name at least one field, such as --daily-quota")
     # The service takes only the named fields; the others are there because a spec cannot be without them.

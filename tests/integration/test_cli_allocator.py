@@ -73,13 +73,22 @@ async def test_a_slots_life(desk: Desk) -> None:
     refused = await desk.muster("slot", "update", slot_id, "--exit-provider", "nobody")
     assert (refused.code, "spec.exit_provider: must be a configured provider: vpn" in refused.err) == (1, True)
     await desk.said("slot", "update", slot_id, "--exit-provider", "", "--exit-region", "", "--without-exit")
+    # Of the persona, too, what is not named stays.
+    rested = await desk.read("slot", "update", slot_id, "--persona-rest", "60", "--persona-region", "kr")
+    need = {"tags": ["a"], "region": "kr", "min_aging_level": 0, "cool_down_seconds": 60}
+    assert rested["spec"]["persona"] == need
+    assert (await desk.read("slot", "update", slot_id, "--needs-persona"))["spec"]["persona"] == need
+    any_tag = await desk.read("slot", "update", slot_id, "--persona-tag", "")
+    assert any_tag["spec"]["persona"] == {**need, "tags": []}
+    stale = await desk.muster("slot", "update", slot_id, "--persona-rest", "9", "--etag", made["etag"])
+    assert (stale.code, "STALE_VERSION" in stale.err) == (1, True)
     await desk.said("slot", "update", slot_id, "--needs-no-persona", "--weight", "3", "--reason", "heavier")
     assert await desk.said("slot", "pause", slot_id, "--reason", "holiday") == "paused\n"
     assert [slot["slot_id"] for slot in await desk.read("slot", "list", "--inactive", "--code", "c1")] == [slot_id]
     assert await desk.read("slot", "list", "--active") == []
     assert await desk.said("slot", "resume", slot_id) == "resumed\n"
     changes = await desk.read("slot", "history", slot_id)
-    assert [change["reason"] for change in changes] == ["", "holiday", "heavier", ""]
+    assert [change["reason"] for change in changes] == ["", "holiday", "heavier", "", "", ""]
     assert changes[1]["difference"] == {"is_active": [True, False]}
     shown = await desk.read("slot", "get", slot_id)
     assert (shown["spec"]["without_exit"], shown["spec"]["persona"], shown["spec"]["weight"]) == (True, None, 3)
@@ -197,8 +206,10 @@ async def test_leases_and_quotas_are_acted_on_by_hand_after_a_dry_run(desk: Desk
     assert (await desk.said("lease", "release", "--older-than", "1h", *act)).endswith("0 released\n")
     tried = await desk.said("quota", "reopen", slot.slot_id, "--units", "5", "--dry-run", *act)
     assert tried.startswith("the quota would be 9, was 4")
-    reopened = await desk.read("quota", "reopen", slot.slot_id, "--units", "5", *act)
-    assert reopened == {"quota_before": 4, "quota": 9, "room": 9}
+    again = ("--request-id", str(uuid.uuid4()))
+    for _ in range(2):
+        reopened = await desk.read("quota", "reopen", slot.slot_id, "--units", "5", *act, *again)
+        assert reopened == {"quota_before": 4, "quota": 9, "room": 9}
     entries = await desk.read("audit")
     assert entries[0]["action"] == "ReopenQuota"
     assert {entry["action"] for entry in entries} == {"ReopenQuota", "ReleaseByAge", "RevokeLeases"}

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,12 +13,15 @@ import grpc
 import pyarrow as pa
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from muster.allocator.v1 import exit_pb2, insight_pb2, slot_pb2, work_pb2
+from muster.allocator.v1 import admin_pb2, exit_pb2, insight_pb2, slot_pb2, work_pb2
 from muster.archiver.v1 import archive_pb2
+from muster.errors import DeadlineExceeded
 from muster.persona_store.v1 import persona_pb2
 from muster.session_tracker.v1 import session_pb2
 
+from services.cli.connection import told
 from services.errors import FieldViolation, InvalidField
 from tests.support.command import Muster
 from tests.support.scripted import ScriptedServer, Status, refusal
@@ -63,6 +67,7 @@ def muster(server: ScriptedServer, tmp_path: Path) -> Muster:
 async def test_slots_are_made_listed_changed_and_paused(server: ScriptedServer, muster: Muster) -> None:
     server.on("SlotService/CreateSlot", slot_pb2.CreateSlotResponse(slot=SLOT))
     server.on("SlotService/ListSlots", slot_pb2.ListSlotsResponse(slots=[SLOT]))
+    server.on("SlotService/GetSlot", slot_pb2.GetSlotResponse(slot=SLOT))
     server.on("SlotService/UpdateSlot", slot_pb2.UpdateSlotResponse(slot=SLOT))
     change = slot_pb2.SlotChange(changed_at=MOMENT, actor="key-1", difference_json='{"daily_quota": [1, 2]}')
     server.on("SlotService/ListSlotHistory", slot_pb2.ListSlotHistoryResponse(changes=[change]))
@@ -107,6 +112,7 @@ async def test_slots_are_made_listed_changed_and_paused(server: ScriptedServer, 
     assert list(update.update_mask.paths) == ["daily_quota", "exit_region", "pacing", "persona"]
     assert (update.spec.pacing, update.spec.exit_region) == (slot_pb2.PACING_EVEN, "")
     assert update.spec.persona == slot_pb2.PersonaNeed(tags=["a"], cool_down_seconds=60)
+    assert update.etag == SLOT.etag
     assert (await muster("slot", "update", "s-1", "--needs-no-persona", "--persona-tag", "a")).code == 2
     assert (await muster("slot", "update", "s-1")).code == 2
     server.on("SlotService/PauseSlot", slot_pb2.PauseSlotResponse(slot=SLOT))
@@ -400,6 +406,65 @@ async def test_a_service_that_is_not_there_is_named_with_its_address_and_the_men
     assert "no API key: set MUSTER_API_KEY" in (await Muster(tmp_path)("slot", "list")).err
 
 
+def test_an_answer_that_does_not_come_in_time_is_told_as_what_it_may_be() -> None:
+    late = DeadlineExceeded("DEADLINE_EXCEEDED", "", "the allocator at h:1: Deadline Exceeded")
+    assert told(late) == (
+        "the allocator at h:1: Deadline Exceeded: it is slow, and its log may say why; or it is not there: "
+        "start it (`muster up` or `muster serve`), or correct its address"
+    )
+
+
+ACT = ("--reason", "r")
+DATES = ("--start-date", "2026-01-01", "--end-date", "2026-12-31")
+REPEATABLE: dict[str, tuple[tuple[str, ...], Message]] = {
+    "AdminService/RevokeLeases": (("lease", "revoke", "a", *ACT), admin_pb2.RevokeLeasesResponse()),
+    "AdminService/ReleaseByAge": (
+        ("lease", "release", "--older-than", "1h", *ACT),
+        admin_pb2.ReleaseByAgeResponse(),
+    ),
+    "AdminService/ReopenQuota": (
+        ("quota", "reopen", "s", "--units", "100", *ACT),
+        admin_pb2.ReopenQuotaResponse(),
+    ),
+    "ExitService/ToggleExit": (("exit", "toggle", "e-1"), exit_pb2.ToggleExitResponse(exit=EXIT)),
+    "SlotService/CreateSlot": (
+        ("slot", "create", "--keyword", "k", "--daily-quota", "5", *DATES),
+        slot_pb2.CreateSlotResponse(slot=SLOT),
+    ),
+    "PersonaService/CreatePersona": (
+        ("persona", "create", "fingerprint.json"),
+        persona_pb2.CreatePersonaResponse(persona=PERSONA),
+    ),
+    "PersonaService/RollbackBundle": (
+        ("persona", "rollback", "p-1", "2"),
+        persona_pb2.RollbackBundleResponse(generation=persona_pb2.Generation(generation=3, committed_at=MOMENT)),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", REPEATABLE)
+async def test_a_command_without_an_answer_says_how_it_is_repeated_and_done_once(
+    server: ScriptedServer, muster: Muster, method: str
+) -> None:
+    (muster.folder / "fingerprint.json").write_bytes(b"{}")
+    arguments, answer = REPEATABLE[method]
+    server.on(method, refusal("DATABASE_UNAVAILABLE", retry_after=3600), answer)
+    lost = await muster(*arguments)
+    said = re.search(r"it may have been done: repeat it with (--request-id) ([0-9a-f-]{36}), ", lost.err)
+    assert said is not None, lost.err
+    assert (lost.code, lost.out, len(lost.err.splitlines())) == (1, "", 1)
+    done = await muster(*arguments, *said.groups())
+    assert done.code == 0, done.err
+    first, second = server.calls[method]
+    assert first == second
+    assert said[2] in str(first)
+
+
+async def test_a_dry_run_without_an_answer_has_done_nothing(server: ScriptedServer, muster: Muster) -> None:
+    server.on("AdminService/ReopenQuota", refusal("DATABASE_UNAVAILABLE", retry_after=3600))
+    assert "may have been" not in (await muster("quota", "reopen", "s", "--dry-run", *ACT)).err
+
+
 async def test_the_connection_comes_from_what_muster_up_wrote(server: ScriptedServer, tmp_path: Path) -> None:
     server.on("ExitService/ListExits", exit_pb2.ListExitsResponse())
     home = tmp_path / "a home"
@@ -428,6 +493,7 @@ async def test_the_connection_comes_from_what_muster_up_wrote(server: ScriptedSe
         ("slot", "create", "--start-date", "soon"),
         ("slot", "create", "--settings", "[1]"),
         ("slot", "update", "s-1"),
+        ("quota", "reopen", "s-1", "--reason", "r", "--request-id", "again"),
         ("slot", "import", "no-such-file.csv"),
         ("exit", "add"),
         ("persona", "status", "p-1", "asleep", "--reason", "r"),

@@ -1,16 +1,18 @@
 """Calls over a real server: what is repeated, for how long, and what comes back when it is refused."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from muster import Client, ExitSpec, RetryPolicy, SlotSpec, errors
-from muster.allocator.v1 import exit_pb2, slot_pb2, work_pb2
+from muster.allocator.v1 import admin_pb2, exit_pb2, slot_pb2, work_pb2
 from muster.bundles import COOKIES, STATE
 from muster.persona_store.v1 import bundle_pb2, checkout_pb2, persona_pb2
 from muster.personas import PersonaCriteria, UseOutcome
@@ -25,6 +27,7 @@ PC = ClientIdentity("pc-1")
 NOTHING = work_pb2.AllocateWorkResponse(
     no_work=work_pb2.NoWork(blocker=work_pb2.BLOCKER_KIND_QUOTA_EXHAUSTED, message="all taken")
 )
+SLOT = slot_pb2.Slot(slot_id="s", spec=slot_pb2.SlotSpec(keyword="k", start_date="2026-01-01", end_date="2026-12-31"))
 QUICK = RetryPolicy(call_seconds=2.0, total_seconds=5.0)
 
 
@@ -112,19 +115,80 @@ async def test_a_delay_past_the_budget_ends_the_call_at_once(server: ScriptedSer
     assert caught.value.retry_after == timedelta(hours=1)
 
 
-async def test_an_update_is_repeated_only_when_the_service_says_so(server: ScriptedServer, client: Client) -> None:
-    """A second update after a lost answer would write the history twice."""
-    spec = SlotSpec("k", date(2026, 1, 1), date(2026, 12, 31), 5)
-    server.on("SlotService/UpdateSlot", Status(grpc.StatusCode.UNAVAILABLE, "connection reset"))
-    with pytest.raises(errors.Unavailable):
-        await client.slots.update("s", spec, ["daily_quota"])
-    assert len(server.calls["SlotService/UpdateSlot"]) == 1
-    slot = slot_pb2.Slot(
-        slot_id="s", spec=slot_pb2.SlotSpec(keyword="k", start_date="2026-01-01", end_date="2026-12-31")
+async def test_an_update_outlives_a_restart_of_the_service(server: ScriptedServer, client: Client) -> None:
+    server.on(
+        "SlotService/UpdateSlot",
+        Status(grpc.StatusCode.UNAVAILABLE, "connection reset"),
+        refusal("DRAINING", retry_after=0.01),
+        slot_pb2.UpdateSlotResponse(slot=SLOT),
     )
-    server.on("SlotService/UpdateSlot", refusal("DRAINING", retry_after=0.01), slot_pb2.UpdateSlotResponse(slot=slot))
-    assert (await client.slots.update("s", spec, ["daily_quota"])).slot_id == "s"
-    assert list(server.calls["SlotService/UpdateSlot"][-1].update_mask.paths) == ["daily_quota"]
+    spec = SlotSpec("k", date(2026, 1, 1), date(2026, 12, 31), 5)
+    assert (await client.slots.update("s", spec, ["daily_quota"], etag="e1")).slot_id == "s"
+    first, *others = server.calls["SlotService/UpdateSlot"]
+    assert others == [first] * 2
+    assert (list(first.update_mask.paths), first.etag) == (["daily_quota"], "e1")
+
+
+REQUEST_ID = "0198c0de-0000-7000-8000-00000000000f"
+ACT: dict[str, Any] = {"reason": "r"}
+NAMED: dict[str, tuple[Callable[..., Awaitable[Any]], Message]] = {
+    "AdminService/RevokeLeases": (
+        lambda client, **named: client.acts.revoke_leases(["a"], **ACT, **named),
+        admin_pb2.RevokeLeasesResponse(),
+    ),
+    "AdminService/ReleaseByAge": (
+        lambda client, **named: client.acts.release_by_age(timedelta(hours=1), **ACT, **named),
+        admin_pb2.ReleaseByAgeResponse(),
+    ),
+    "AdminService/ReopenQuota": (
+        lambda client, **named: client.acts.reopen_quota("s", units=100, **ACT, **named),
+        admin_pb2.ReopenQuotaResponse(),
+    ),
+    "AdminService/AcceptQuarantinedResults": (
+        lambda client, **named: client.acts.accept_quarantined(["a"], **ACT, **named),
+        admin_pb2.AcceptQuarantinedResultsResponse(),
+    ),
+    "AdminService/DiscardQuarantinedResults": (
+        lambda client, **named: client.acts.discard_quarantined(["a"], **ACT, **named),
+        admin_pb2.DiscardQuarantinedResultsResponse(),
+    ),
+    "SlotService/CreateSlot": (
+        lambda client, **named: client.slots.create(SlotSpec("k", date(2026, 1, 1), date(2026, 12, 31), 5), **named),
+        slot_pb2.CreateSlotResponse(slot=SLOT),
+    ),
+    "ExitService/ToggleExit": (
+        lambda client, **named: client.exits.toggle("e", **named),
+        exit_pb2.ToggleExitResponse(),
+    ),
+    "PersonaService/CreatePersona": (
+        lambda client, **named: client.personas.create(b"{}", **named),
+        persona_pb2.CreatePersonaResponse(),
+    ),
+    "PersonaService/RollbackBundle": (
+        lambda client, **named: client.personas.rollback("p", 2, **named),
+        persona_pb2.RollbackBundleResponse(),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", NAMED)
+async def test_a_call_is_made_again_by_hand_under_its_request_id(
+    server: ScriptedServer, client: Client, method: str
+) -> None:
+    call, answer = NAMED[method]
+    server.on(method, refusal("DATABASE_UNAVAILABLE", retry_after=3600), answer)
+    with pytest.raises(errors.Unavailable):
+        await call(client, request_id=REQUEST_ID)
+    await call(client, request_id=REQUEST_ID)
+    await call(client)
+    first, second, other = (_request_id(request) for request in server.calls[method])
+    assert first == second == REQUEST_ID
+    assert uuid.UUID(other) != uuid.UUID(REQUEST_ID)
+
+
+def _request_id(request: Any) -> str:
+    found: str = request.act.request_id if hasattr(request, "act") else request.request_id
+    return found
 
 
 async def test_an_answer_that_never_comes_is_a_deadline_and_then_an_end(server: ScriptedServer) -> None:
@@ -213,9 +277,11 @@ async def test_a_list_goes_from_page_to_page(server: ScriptedServer, client: Cli
         exits = [exit_pb2.Exit(exit_id=name, spec=exit_pb2.ExitSpec(endpoint="http://p:1")) for name in names]
         return exit_pb2.ListExitsResponse(exits=exits, next_page_token=token)
 
-    server.on("ExitService/ListExits", page(["a", "b"], "t1"), refusal("DRAINING", retry_after=0.01), page(["c"], ""))
-    assert [found.exit_id async for found in client.exits.list(page_size=2)] == ["a", "b", "c"]
-    assert [request.page_token for request in server.calls["ExitService/ListExits"]] == ["", "t1", "t1"]
+    # A page may hold fewer than were asked for, even none, and not be the last one.
+    pages = [page(["a", "b"], "t1"), refusal("DRAINING", retry_after=0.01), page([], "t2"), page(["c"], "")]
+    server.on("ExitService/ListExits", *pages)
+    assert [found.exit_id async for found in client.exits.list(page_size=1000)] == ["a", "b", "c"]
+    assert [request.page_token for request in server.calls["ExitService/ListExits"]] == ["", "t1", "t1", "t2"]
 
 
 async def test_a_toggle_and_exits_carry_what_was_said(server: ScriptedServer, client: Client) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -267,6 +267,17 @@ async def test_a_csv_of_many_rows_imports_twice_to_the_same_slots(suite: Suite) 
     assert not any(answer.created for answer in again)
     assert {answer.slot_id for answer in again} == {answer.slot_id for answer in first}
     assert len([slot async for slot in suite.operator.slots.list(page_size=500)]) == 1500
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with an etag", "without one"])
+async def test_an_update_that_is_made_twice_is_one_change(suite: Suite, named: bool) -> None:
+    """So the client may repeat it after a lost answer."""
+    slots = suite.operator.slots
+    slot = await slots.create(SLOT)
+    spec, etag = replace(SLOT, daily_quota=5), slot.etag if named else ""
+    first = await slots.update(slot.slot_id, spec, ["daily_quota"], etag=etag)
+    assert await slots.update(slot.slot_id, spec, ["daily_quota"], etag=etag) == first
+    assert [change.difference async for change in slots.history(slot.slot_id)] == [{"daily_quota": [2, 5]}]
 
 
 def _fields(spec: SlotSpec) -> dict[str, Any]:

@@ -34,6 +34,8 @@ from tests.support.house import (
 )
 from tests.support.scripted import Status, refusal
 
+HEARTBEAT = "WorkService/Heartbeat"
+
 
 @pytest.fixture
 async def client(house: House) -> AsyncIterator[Client]:
@@ -253,6 +255,22 @@ async def test_a_heartbeat_that_says_drain_ends_the_loop(
     async with Worker(client, client_id="pc-1") as worker:
         async with asyncio.timeout(5):
             assert [job async for job in worker.jobs()] == []
+
+
+async def test_no_heartbeat_follows_the_goodbye(house: House, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muster.worker.HEARTBEAT_SECONDS", 0.02)
+    beats = house.calls[HEARTBEAT]
+
+    async def answer(request: work_pb2.HeartbeatRequest, context: Any) -> work_pb2.HeartbeatResponse:
+        if request.goodbye:
+            with contextlib.suppress(TimeoutError):
+                await house.came(HEARTBEAT, len(beats) + 1, seconds=0.5)
+        return work_pb2.HeartbeatResponse()
+
+    house.on(HEARTBEAT, answer)
+    async with Worker(client, client_id="pc-1"):
+        await house.came(HEARTBEAT, 2)
+    assert [beat.goodbye for beat in beats] == [False] * (len(beats) - 1) + [True]
 
 
 async def test_while_the_allocator_is_away_the_same_demand_is_made_again(house: House, client: Client) -> None:

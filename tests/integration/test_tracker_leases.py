@@ -119,7 +119,7 @@ async def test_only_sessions_that_moved_are_renewed_for_their_organization(
     assert allocator[0].authorizations == {f"Bearer {KEY}"}
 
 
-@pytest.mark.parametrize("reason", ["LEASE_LOST", "LEASE_TOKEN_MISMATCH", "LEASE_AGE_EXCEEDED", "ALLOCATION_NOT_FOUND"])
+@pytest.mark.parametrize("reason", ["LEASE_LOST", "LEASE_TOKEN_MISMATCH", "ALLOCATION_NOT_FOUND"])
 async def test_a_lost_lease_is_told_on_the_open_stream_and_with_the_next_answers(
     tracker: Tracker, allocator: tuple[Allocator, str], reason: str
 ) -> None:
@@ -157,6 +157,22 @@ async def test_another_refusal_does_not_stop_a_session(tracker: Tracker, allocat
     await allocator[0].next()
     assert not (await tracker.report(key)).commands
     await allocator[0].next()
+
+
+async def test_a_lease_at_its_greatest_age_is_lost_only_when_it_runs_out(
+    tracker: Tracker, allocator: tuple[Allocator, str]
+) -> None:
+    key = str(uuid4())
+    allocator[0].refusals[key] = "LEASE_AGE_EXCEEDED"
+    await tracker.start(key)
+    for _ in range(2):
+        assert not (await tracker.report(key)).commands
+        await allocator[0].next()
+    allocator[0].refusals[key] = "LEASE_LOST"
+    async with asyncio.timeout(10):
+        while not (commands := (await tracker.report(key)).commands):
+            pass
+    assert [(command.session_id, command.kind) for command in commands] == [(key, pb.COMMAND_KIND_LEASE_LOST)]
 
 
 async def test_when_the_allocator_is_down_the_next_round_tries_again(

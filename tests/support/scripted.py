@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from muster.allocator.v1 import exit_pb2, insight_pb2, slot_pb2, work_pb2
+from muster.allocator.v1 import admin_pb2, exit_pb2, insight_pb2, slot_pb2, work_pb2
 from muster.archiver.v1 import archive_pb2
 from muster.persona_store.v1 import bundle_pb2, checkout_pb2, persona_pb2
 from muster.session_tracker.v1 import session_pb2
@@ -26,6 +26,7 @@ FILES: tuple[FileDescriptor, ...] = tuple(
         slot_pb2,
         exit_pb2,
         insight_pb2,
+        admin_pb2,
         bundle_pb2,
         checkout_pb2,
         persona_pb2,

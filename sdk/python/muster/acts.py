@@ -71,7 +71,9 @@ class AuditEntry:
 class Acts:
     """`client.acts`: what is otherwise left to workers and the clock. Role: admin.
 
-    Every act has a `reason` for the audit entry, and with `dry_run` answers as it would and changes nothing.
+    Every act has a `reason` for the audit entry, and with `dry_run` answers as it would and changes nothing. Its
+    `request_id`, a UUID, is for an act whose answer was lost: made again within 24 hours with the same one and the same
+    arguments, it is done once and answered as the first time. Empty makes a fresh one.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -82,14 +84,15 @@ class Acts:
         return self._transport.stub(admin_pb2_grpc.AdminServiceStub)
 
     async def revoke_leases(
-        self, allocation_keys: Sequence[str], *, reason: str, dry_run: bool = False
+        self, allocation_keys: Sequence[str], *, reason: str, dry_run: bool = False, request_id: str = ""
     ) -> tuple[ActedItem, ...]:
         """Ends 1 to 1000 leases without their holders; each is answered for itself, in order.
 
         Raises:
             MusterError: the call was refused, or did not succeed in time.
         """
-        request = admin_pb2.RevokeLeasesRequest(act=_act(reason, dry_run), allocation_keys=allocation_keys)
+        act = _act(reason, dry_run, request_id)
+        request = admin_pb2.RevokeLeasesRequest(act=act, allocation_keys=allocation_keys)
         return _acted((await self._transport.call(self._stub.RevokeLeases, request)).leases)
 
     async def release_by_age(
@@ -101,6 +104,7 @@ class Acts:
         at_most: int = 0,
         reason: str,
         dry_run: bool = False,
+        request_id: str = "",
     ) -> ReleasedByAge:
         """Revokes live leases that were granted longer ago than an age, the oldest first.
 
@@ -111,12 +115,13 @@ class Acts:
             at_most: The most to release, up to 10,000; 0 means 1000.
             reason: For the audit entry, 1 to 256 characters.
             dry_run: Answer only.
+            request_id: To make it again after a lost answer.
 
         Raises:
             MusterError: it was refused, or did not succeed in time.
         """
         request = admin_pb2.ReleaseByAgeRequest(
-            act=_act(reason, dry_run),
+            act=_act(reason, dry_run, request_id),
             older_than=values.duration(older_than),
             slot_id=slot_id,
             client_id=client_id,
@@ -126,7 +131,14 @@ class Acts:
         return ReleasedByAge(answer.released, tuple(answer.example_keys), answer.remaining)
 
     async def reopen_quota(
-        self, slot_id: str, *, work_date: date | None = None, units: int = 0, reason: str, dry_run: bool = False
+        self,
+        slot_id: str,
+        *,
+        work_date: date | None = None,
+        units: int = 0,
+        reason: str,
+        dry_run: bool = False,
+        request_id: str = "",
     ) -> ReopenedQuota:
         """Lets a slot's day hand out more units.
 
@@ -136,13 +148,14 @@ class Acts:
             units: How many more; 0 for as many as failed or were blocked on that day.
             reason: For the audit entry, 1 to 256 characters.
             dry_run: Answer only.
+            request_id: To make it again after a lost answer, which would let the day grow twice.
 
         Raises:
             NotFound: there is no such slot, or it has no counters on that day.
             MusterError: it was refused, or did not succeed in time.
         """
         request = admin_pb2.ReopenQuotaRequest(
-            act=_act(reason, dry_run),
+            act=_act(reason, dry_run, request_id),
             slot_id=slot_id,
             work_date=work_date.isoformat() if work_date else "",
             units=units,
@@ -171,25 +184,27 @@ class Acts:
                 )
 
     async def accept_quarantined(
-        self, allocation_keys: Sequence[str], *, reason: str, dry_run: bool = False
+        self, allocation_keys: Sequence[str], *, reason: str, dry_run: bool = False, request_id: str = ""
     ) -> tuple[ActedItem, ...]:
         """Records 1 to 256 results after all, as late; each is answered for itself, in order.
 
         Raises:
             MusterError: the call was refused, or did not succeed in time.
         """
-        request = admin_pb2.AcceptQuarantinedResultsRequest(act=_act(reason, dry_run), allocation_keys=allocation_keys)
+        act = _act(reason, dry_run, request_id)
+        request = admin_pb2.AcceptQuarantinedResultsRequest(act=act, allocation_keys=allocation_keys)
         return _acted((await self._transport.call(self._stub.AcceptQuarantinedResults, request)).results)
 
     async def discard_quarantined(
-        self, allocation_keys: Sequence[str], *, reason: str, dry_run: bool = False
+        self, allocation_keys: Sequence[str], *, reason: str, dry_run: bool = False, request_id: str = ""
     ) -> tuple[ActedItem, ...]:
         """Gives 1 to 256 results up; each is answered for itself, in order.
 
         Raises:
             MusterError: the call was refused, or did not succeed in time.
         """
-        request = admin_pb2.DiscardQuarantinedResultsRequest(act=_act(reason, dry_run), allocation_keys=allocation_keys)
+        act = _act(reason, dry_run, request_id)
+        request = admin_pb2.DiscardQuarantinedResultsRequest(act=act, allocation_keys=allocation_keys)
         return _acted((await self._transport.call(self._stub.DiscardQuarantinedResults, request)).results)
 
     async def audit(self, *, action: str = "", page_size: int = 100) -> AsyncIterator[AuditEntry]:
@@ -213,8 +228,8 @@ class Acts:
                 )
 
 
-def _act(reason: str, dry_run: bool) -> admin_pb2.Act:
-    return admin_pb2.Act(request_id=str(uuid.uuid4()), reason=reason, dry_run=dry_run)
+def _act(reason: str, dry_run: bool, request_id: str) -> admin_pb2.Act:
+    return admin_pb2.Act(request_id=request_id or str(uuid.uuid4()), reason=reason, dry_run=dry_run)
 
 
 def _acted(items: Iterable[admin_pb2.ItemAnswer]) -> tuple[ActedItem, ...]:

@@ -194,14 +194,19 @@ class Exits:
         answer = await self._transport.call(self._stub.DeleteExit, exit_pb2.DeleteExitRequest(exit_id=exit_id))
         return bool(answer.deleted)
 
-    async def toggle(self, exit_id: str, *, reason: str = "") -> Exit:
+    async def toggle(self, exit_id: str, *, reason: str = "", request_id: str = "") -> Exit:
         """Says that an exit has a new address: its use count starts from 0.
+
+        Args:
+            exit_id: Which.
+            reason: For the log, up to 256 characters.
+            request_id: A UUID, to ask again after a lost answer within 24 hours; empty makes a fresh one.
 
         Raises:
             NotFound: the organization has no such exit.
             MusterError: it was refused, or did not succeed in time.
         """
-        request = exit_pb2.ToggleExitRequest(request_id=str(uuid.uuid4()), exit_id=exit_id, reason=reason)
+        request = exit_pb2.ToggleExitRequest(request_id=request_id or str(uuid.uuid4()), exit_id=exit_id, reason=reason)
         answer = await self._transport.call(self._stub.ToggleExit, request)
         return _exit(answer.exit)
 

@@ -3,7 +3,11 @@
 The tracker renews a lease while its session makes progress. The worker renews it by itself when no report was taken for
 a third of the lease's duration, and at the latest after two thirds of it, so that a tracker which hears the worker but
 cannot reach the allocator costs no lease. Expiries are reckoned on the monotonic clock from before the call was made,
-so a lease is never believed to live longer than it does, whatever the machine's wall clock says.
+so a renewed lease is never believed to live longer than it does, whatever the machine's wall clock says.
+
+A worker that reaches nobody gives a lease up when it has run out: when neither the last renewal of its own keeps it,
+nor one that the tracker may have made for the last report it took. Only the latter may be believed in for too long, by
+no more than a round of the tracker.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ from muster.results import Lease
 from muster.work import Allocation, Work
 
 _log = logging.getLogger("muster.leases")
+
+# How much later than a report its renewal may be: the time between two rounds of a tracker that is not set otherwise.
+_TRACKER_ROUND_SECONDS = 30.0
 
 
 @dataclass(slots=True)
@@ -54,6 +61,11 @@ class HeldLease:
         self.renewed_at = asked_at
         self.expires_at = self._offset + expires_at.timestamp()
 
+    def aged(self) -> None:
+        """Notes that its expiry stands at its greatest age, to which the tracker may have moved it."""
+        self.renewable = False
+        self.expires_at = self._oldest_at()
+
     def due_at(self) -> float:
         """Returns when to look at it again: to renew it, or to give it up."""
         if not self.renewable:
@@ -61,6 +73,17 @@ class HeldLease:
         third = self.allocation.lease_duration.total_seconds() / 3
         heard = max(self.renewed_at, self.last_progress() or 0.0)
         return min(heard + third, self.renewed_at + 2 * third)
+
+    def ends_at(self) -> float:
+        """Returns when it has run out, unless it is renewed for what happens from now on."""
+        reported = self.last_progress()
+        if reported is None:
+            return self.expires_at
+        by_tracker = reported + _TRACKER_ROUND_SECONDS + self.allocation.lease_duration.total_seconds()
+        return max(self.expires_at, min(by_tracker, self._oldest_at()))
+
+    def _oldest_at(self) -> float:
+        return self._offset + self.allocation.renewable_until.timestamp()
 
 
 class LeaseKeeper:
@@ -103,7 +126,11 @@ class LeaseKeeper:
             except MusterError as error:
                 failures += 1
                 _log.warning("leases are not renewed for now: %s", error)
-                await asyncio.sleep(pause_seconds(error, failures))
+                now = clock()
+                self._give_up(now)
+                # However long the service asks to be left alone, a lease that ends is told of in time.
+                ends = [held.ends_at() - now for held in self._held.values()]
+                await asyncio.sleep(min([pause_seconds(error, failures), *ends]))
 
     async def _look_after(self, due: list[HeldLease]) -> None:
         for held in [held for held in due if not held.renewable]:
@@ -114,14 +141,19 @@ class LeaseKeeper:
         asked_at = asyncio.get_running_loop().time()
         leases: list[Lease] = [held.allocation.lease for held in renewing]
         shortest = min(held.allocation.lease_duration.total_seconds() for held in renewing)
-        answers = await self._work.renew(leases, total_seconds=max(shortest / 3, 1.0))
+        left = min(held.ends_at() for held in renewing) - asked_at
+        answers = await self._work.renew(leases, total_seconds=max(min(shortest / 3, left), 1.0))
         for held, answer in zip(renewing, answers, strict=True):
             if answer.expires_at is not None:
                 held.renewed(asked_at, answer.expires_at)
             elif isinstance(answer.error, LeaseAgeExceeded):
-                held.renewable = False
+                held.aged()
             else:
                 self._lose(held, str(answer.error))
+
+    def _give_up(self, now: float) -> None:
+        for held in [held for held in self._held.values() if held.ends_at() <= now]:
+            self._lose(held, "it ran out, and no renewal got through")
 
     def _lose(self, held: HeldLease, why: str) -> None:
         key = held.allocation.allocation_key

@@ -141,6 +141,7 @@ class Personas:
         status: PersonaStatus = PersonaStatus.UNSPECIFIED,
         region: str = "",
         tags: Sequence[str] = (),
+        request_id: str = "",
     ) -> Persona:
         """Makes a persona and commits its fingerprint as generation 1.
 
@@ -151,13 +152,14 @@ class Personas:
             status: AGING or ACTIVE; UNSPECIFIED means ACTIVE.
             region: Up to 64 characters.
             tags: Up to 16, of 1 to 64 characters.
+            request_id: A UUID, to ask again after a lost answer within 24 hours; empty makes a fresh one.
 
         Raises:
             FingerprintExists: another persona has the same fingerprint; the metadata holds its id.
             MusterError: it was refused, or did not succeed in time.
         """
         request = persona_pb2.CreatePersonaRequest(
-            request_id=str(uuid.uuid4()),
+            request_id=request_id or str(uuid.uuid4()),
             fingerprint_json=fingerprint_json,
             base_profile=base_profile,
             aging_level=aging_level,
@@ -221,8 +223,13 @@ class Personas:
         answer = await self._transport.call(self._stub.ListGenerations, request)
         return tuple(generation(item) for item in answer.generations)
 
-    async def rollback(self, persona_id: str, to_generation: int) -> Generation:
+    async def rollback(self, persona_id: str, to_generation: int, *, request_id: str = "") -> Generation:
         """Commits a new generation with the parts of an older one.
+
+        Args:
+            persona_id: Whose.
+            to_generation: The older one.
+            request_id: A UUID, to ask again after a lost answer within 24 hours; empty makes a fresh one.
 
         Raises:
             GenerationNotFound: it is not kept any more.
@@ -230,7 +237,7 @@ class Personas:
             MusterError: it was refused, or did not succeed in time.
         """
         request = persona_pb2.RollbackBundleRequest(
-            request_id=str(uuid.uuid4()), persona_id=persona_id, generation=to_generation
+            request_id=request_id or str(uuid.uuid4()), persona_id=persona_id, generation=to_generation
         )
         return generation((await self._transport.call(self._stub.RollbackBundle, request)).generation)
 

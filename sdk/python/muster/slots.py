@@ -65,14 +65,18 @@ class Slots:
     def _stub(self) -> slot_pb2_grpc.SlotServiceAsyncStub:
         return self._transport.stub(slot_pb2_grpc.SlotServiceStub)
 
-    async def create(self, spec: SlotSpec) -> Slot:
+    async def create(self, spec: SlotSpec, *, request_id: str = "") -> Slot:
         """Makes a slot.
+
+        Args:
+            spec: What it is to be.
+            request_id: A UUID, to ask again after a lost answer within 24 hours; empty makes a fresh one.
 
         Raises:
             SlotExists: another slot has its `external_id`.
             MusterError: it was refused, or did not succeed in time.
         """
-        request = slot_pb2.CreateSlotRequest(request_id=str(uuid.uuid4()), spec=spec_message(spec))
+        request = slot_pb2.CreateSlotRequest(request_id=request_id or str(uuid.uuid4()), spec=spec_message(spec))
         answer = await self._transport.call(self._stub.CreateSlot, request)
         return _slot(answer.slot)
 
@@ -118,6 +122,8 @@ class Slots:
     ) -> Slot:
         """Changes the named fields of a slot. Live leases keep what they were given.
 
+        Safe to repeat: a slot that is so already stays, and gets no second row of history.
+
         Args:
             slot_id: Which.
             spec: The new values.
@@ -136,8 +142,7 @@ class Slots:
             etag=etag,
             reason=reason,
         )
-        # A second update after a lost answer would meet its own etag, or write a second history row.
-        answer = await self._transport.call(self._stub.UpdateSlot, request, idempotent=False)
+        answer = await self._transport.call(self._stub.UpdateSlot, request)
         return _slot(answer.slot)
 
     async def pause(self, slot_id: str, *, reason: str = "") -> Slot:

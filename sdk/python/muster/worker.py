@@ -139,10 +139,14 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        reporting, _, beating = self._tasks
         try:
             await self._settle()
-            if not self._tasks[0].done():
+            if not reporting.done():
                 await self._reporter.flush(_FLUSH_SECONDS)
+            # A heartbeat that comes after the goodbye would have the instance online again.
+            beating.cancel()
+            await asyncio.wait([beating])
             with contextlib.suppress(MusterError):
                 await self._client.work.heartbeat(self._identity, goodbye=True, total_seconds=_GOODBYE_SECONDS)
         finally:
