@@ -16,8 +16,10 @@ from uuid import UUID
 
 from allocator import audit_store
 from allocator.acts import Act, Items, Refusal, Released, Reopened
-from allocator.errors import AllocationNotFound, LeaseLost, SlotDayNotFound, SlotNotFound
-from allocator.lease_store import find_ended, give_back, lock_leases
+from allocator.audit import listed
+from allocator.clients import SILENT_SECONDS
+from allocator.errors import AllocationNotFound, ClientNotFound, LeaseLost, SlotDayNotFound, SlotNotFound
+from allocator.lease_store import end_instance, find_ended, give_back, lock_leases
 from allocator.leases import Status
 from allocator.store import Store
 from services import requests
@@ -65,13 +67,13 @@ class ActStore(Store):
         self._quarantined = quarantine
 
     async def revoke_leases(self, organization_id: UUID, act: Act, keys: Sequence[UUID]) -> tuple[Items, bool]:
-        """Releases leases whose token nobody shows."""
+        """Ends leases whose token nobody shows."""
 
         async def work(connection: Connection) -> _Done:
             held = await lock_leases(connection, organization_id, keys)
             ended = await find_ended(connection, organization_id, [key for key in keys if key not in held])
             live = [lease for lease in held.values() if lease.is_live]
-            await give_back(connection, organization_id, live, Status.RELEASED)
+            await give_back(connection, organization_id, live, Status.EXPIRED)
             refused: dict[UUID, DomainError] = {}
             for key in keys:
                 if key in held and not held[key].is_live:
@@ -80,7 +82,7 @@ class ActStore(Store):
                     refused[key] = LeaseLost(key, Status(ended[key].status).name.lower())
                 elif key not in held:
                     refused[key] = AllocationNotFound(key)
-            return _items(len(live), refused, "leases", [lease.allocation_key for lease in live])
+            return _items(refused, "leases", [lease.allocation_key for lease in live])
 
         return await self._items(organization_id, act, work)
 
@@ -94,7 +96,7 @@ class ActStore(Store):
         client_id: str | None,
         at_most: int,
     ) -> tuple[Released, bool]:
-        """Releases the oldest live leases that match."""
+        """Ends the oldest live leases that match."""
 
         async def work(connection: Connection) -> _Done:
             rows = await connection.fetch(
@@ -102,15 +104,34 @@ class ActStore(Store):
             )
             held = await lock_leases(connection, organization_id, [row["allocation_key"] for row in rows])
             live = [lease for lease in held.values() if lease.is_live]
-            await give_back(connection, organization_id, live, Status.RELEASED)
-            keys = sorted(str(lease.allocation_key) for lease in live)
+            await give_back(connection, organization_id, live, Status.EXPIRED)
+            ended = [lease.allocation_key for lease in live]
+            keys = [str(key) for key in ended]
             remaining = rows[0]["matching"] - len(rows) if rows else 0
             answer = {"released": len(live), "examples": keys[:_EXAMPLES], "remaining": remaining}
-            return _Done(answer, f"{len(live)} leases", {"released": keys})
+            return _Done(answer, listed(ended, "leases"), {"released": keys})
 
         answer, changed = await self._perform(organization_id, act, work)
         examples = tuple(UUID(key) for key in answer["examples"])
         return Released(answer["released"], examples, answer["remaining"]), changed
+
+    async def declare_dead(
+        self, organization_id: UUID, act: Act, client_id: str, instance_number: int
+    ) -> tuple[int, bool]:
+        """Ends the leases of an instance and counts it as offline. Raises: ClientNotFound."""
+
+        async def work(connection: Connection) -> _Done:
+            ended = await end_instance(connection, organization_id, client_id, instance_number, Status.EXPIRED)
+            found = await connection.fetchval(
+                _SQL["silence_instance"], organization_id, client_id, instance_number, SILENT_SECONDS
+            )
+            if found is None:
+                raise ClientNotFound(client_id, instance_number)
+            resource = f"{client_id} instance {instance_number}, {listed(ended, 'leases')}"
+            return _Done({"released": len(ended)}, resource, {"released": [str(key) for key in ended]})
+
+        answer, changed = await self._perform(organization_id, act, work)
+        return answer["released"], changed
 
     async def reopen_quota(
         self, organization_id: UUID, act: Act, slot_id: UUID, work_date: date | None, units: int
@@ -129,7 +150,8 @@ class ActStore(Store):
             row = await connection.fetchrow(_SQL["reopen_quota"], organization_id, day, slot_id, units)
             if row is None:
                 raise SlotDayNotFound(slot_id, str(day))
-            return _Done(dict(row), f"{slot_id} on {day}", dict(row))
+            resource = f"{slot_id} on {day}: quota {row['quota_before']} to {row['quota']}"
+            return _Done(dict(row), resource, dict(row))
 
         answer, changed = await self._perform(organization_id, act, work)
         return Reopened(**answer), changed
@@ -153,7 +175,7 @@ class ActStore(Store):
             decided = await decide(connection, organization_id, keys)
             refused = {key: error for key, error in decided.items() if error is not None}
             done = [key for key in keys if key not in refused]
-            return _items(len(done), refused, "quarantined results", done)
+            return _items(refused, "quarantined results", done)
 
         return await self._items(organization_id, act, work)
 
@@ -188,9 +210,9 @@ class ActStore(Store):
             return tried.answer, False
 
 
-def _items(done: int, refused: Mapping[UUID, DomainError], what: str, keys: Sequence[UUID]) -> _Done:
+def _items(refused: Mapping[UUID, DomainError], what: str, done: Sequence[UUID]) -> _Done:
     answer = {
-        "done": done,
+        "done": len(done),
         "refused": {str(key): [error.reason, error.message, error.metadata] for key, error in refused.items()},
     }
-    return _Done(answer, f"{done} {what}", {"keys": [str(key) for key in keys]})
+    return _Done(answer, listed(done, what), {"keys": [str(key) for key in done]})

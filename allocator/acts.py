@@ -1,4 +1,4 @@
-"""Acts: what operators do to leases, days and late results by hand, tried or done, once, with an audit entry."""
+"""Acts: what operators do by hand to leases, instances, days and late results; tried or done, once, and audited."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Leases that were released by age, up to 100 of their keys, and how many more match."""
+    """Leases that were ended by age, up to 100 of their keys, and how many more match."""
 
     released: int
     example_keys: tuple[UUID, ...]
@@ -82,10 +82,10 @@ class Acts:
         self._reports = reports
 
     async def revoke_leases(self, organization_id: UUID, act: Act, keys: Sequence[UUID]) -> Items:
-        """Releases leases without their tokens; AllocationNotFound and LeaseLost refuse single ones."""
+        """Ends leases without their tokens; AllocationNotFound and LeaseLost refuse single ones."""
         items, changed = await self._store.revoke_leases(organization_id, act, keys)
         if changed:
-            self._leases.gave_back(organization_id, items.done, Status.RELEASED)
+            self._leases.gave_back(organization_id, items.done, Status.EXPIRED)
             self._reports.outdate(organization_id)
         return items
 
@@ -99,7 +99,7 @@ class Acts:
         client_id: str | None,
         at_most: int,
     ) -> Released:
-        """Releases live leases that were granted longer ago, the oldest first; of one slot or client, or of any."""
+        """Ends live leases that were granted longer ago, the oldest first; of one slot or client, or of any."""
         released, changed = await self._store.release_by_age(
             organization_id,
             act,
@@ -109,9 +109,17 @@ class Acts:
             at_most=at_most,
         )
         if changed:
-            self._leases.gave_back(organization_id, released.released, Status.RELEASED)
+            self._leases.gave_back(organization_id, released.released, Status.EXPIRED)
             self._reports.outdate(organization_id)
         return released
+
+    async def declare_dead(self, organization_id: UUID, act: Act, client_id: str, instance_number: int) -> int:
+        """Ends the leases of an instance and counts it as offline; returns how many leases. Raises: ClientNotFound."""
+        ended, changed = await self._store.declare_dead(organization_id, act, client_id, instance_number)
+        if changed:
+            self._leases.gave_back(organization_id, ended, Status.EXPIRED)
+            self._reports.outdate(organization_id)
+        return ended
 
     async def reopen_quota(
         self, organization_id: UUID, act: Act, slot_id: UUID, work_date: date | None, units: int

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from muster.allocator.v1 import admin_pb2, admin_pb2_grpc, work_pb2
 
-from allocator.acts import Act, Acts, Items
-from allocator.audit import Deed
+from allocator.acts import Acts, Items
 from allocator.positions import time_position, uuid_position
-from allocator.translation import day_text, moment
-from services import pages, requests
-from services.call import Principal
+from allocator.translation import act_of, day_text, moment
+from services import pages
 from services.status import Context, code_number
 from services.validate import Checks
 
 if TYPE_CHECKING:
-    from google.protobuf.message import Message
-
     from allocator.audit_store import AuditStore
     from allocator.clients import Clients
     from allocator.quarantine_store import QuarantineStore
@@ -29,14 +25,6 @@ _MOST_RESULTS = 256
 _MOST_BY_AGE = 10_000
 _MOST_UNITS = 1_000_000
 _DAY_SECONDS = 86400.0
-
-
-class _ActRequest(Protocol):
-    """A request that is an act."""
-
-    @property
-    def act(self) -> admin_pb2.Act:
-        """What every act has."""
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -54,7 +42,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Ends leases without their holders."""
         checks = Checks()
         principal = await self._clients.caller()
-        act = _act(checks, request, principal, "RevokeLeases", request)
+        act = act_of(checks, request, principal, "RevokeLeases")
         keys = _keys(checks, request.allocation_keys, _MOST_LEASES)
         checks.done()
         items = await self._acts.revoke_leases(principal.organization_id, act, keys)
@@ -66,7 +54,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Revokes leases that were granted long ago."""
         checks = Checks()
         principal = await self._clients.caller()
-        act = _act(checks, request, principal, "ReleaseByAge", request)
+        act = act_of(checks, request, principal, "ReleaseByAge")
         older_than = checks.duration(request, "older_than", least=0, most=_DAY_SECONDS, required=True)
         slot_id = checks.uuid("slot_id", request.slot_id) if request.slot_id else None
         client_id = checks.identifier("client_id", request.client_id, required=False) or None
@@ -92,7 +80,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Lets a slot's day hand out more units."""
         checks = Checks()
         principal = await self._clients.caller()
-        act = _act(checks, request, principal, "ReopenQuota", request)
+        act = act_of(checks, request, principal, "ReopenQuota")
         slot_id = checks.uuid("slot_id", request.slot_id)
         day = checks.day("work_date", request.work_date, required=False)
         units = checks.number("units", request.units, least=0, most=_MOST_UNITS)
@@ -138,7 +126,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Records results that came too late to count."""
         checks = Checks()
         principal = await self._clients.caller()
-        act = _act(checks, request, principal, "AcceptQuarantinedResults", request)
+        act = act_of(checks, request, principal, "AcceptQuarantinedResults")
         keys = _keys(checks, request.allocation_keys, _MOST_RESULTS)
         checks.done()
         items = await self._acts.accept_quarantined(principal.organization_id, act, keys)
@@ -150,7 +138,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Gives results up that came too late to count."""
         checks = Checks()
         principal = await self._clients.caller()
-        act = _act(checks, request, principal, "DiscardQuarantinedResults", request)
+        act = act_of(checks, request, principal, "DiscardQuarantinedResults")
         keys = _keys(checks, request.allocation_keys, _MOST_RESULTS)
         checks.done()
         items = await self._acts.discard_quarantined(principal.organization_id, act, keys)
@@ -187,21 +175,6 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             ],
             next_page_token=token,
         )
-
-
-def _act(checks: Checks, owner: _ActRequest, principal: Principal, action: str, request: Message) -> Act:
-    if not request.HasField("act"):
-        checks.fail("act", "required")
-    return Act(
-        request_id=checks.uuid("act.request_id", owner.act.request_id),
-        deed=Deed(
-            actor=principal.key_id,
-            action=action,
-            reason=checks.text("act.reason", owner.act.reason, min_length=1, max_length=256),
-            request_sha256=requests.digest(request),
-        ),
-        dry_run=owner.act.dry_run,
-    )
 
 
 def _keys(checks: Checks, texts: Sequence[str], most: int) -> list[UUID]:

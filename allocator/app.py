@@ -85,6 +85,7 @@ async def bind(chassis: Chassis[Any], config: AllocatorConfig) -> None:
     back_off = BackOff(**config.back_off.model_dump())
     results = Results(ResultStore(database, partitions, back_off, exits.health), clients, availability, reports)
     targets = Targets(TargetStore(database, partitions), availability)
+    acts = parts.acts(database, partitions, leases, availability, reports)
     chassis.on_close("availability", availability.close)
     chassis.on_close("personas", personas.close)
     chassis.on_close("allocation", allocation.close)
@@ -98,9 +99,9 @@ async def bind(chassis: Chassis[Any], config: AllocatorConfig) -> None:
         ),
         exits=exits.servicer,
         targets=TargetServicer(targets, clients),
-        clients=ClientServicer(client_store, clients, leases, availability),
+        clients=ClientServicer(client_store, clients, acts, availability),
         insight=parts.insight(database, partitions, explanation, allocation, clients, reports),
-        admin=parts.admin(database, partitions, leases, availability, clients, reports),
+        admin=parts.admin(database, partitions, acts, clients),
     )
     loops: parts.Loops = {
         "sweep": leases.sweep_for_ever,

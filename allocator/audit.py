@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +17,8 @@ from uuid import UUID
 
 # Before the first entry of an organization.
 GENESIS = bytes(32)
+
+_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Deed:
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """One entry on record; `resource` is what was acted on: an id, or a summary such as `12 leases`."""
+    """One entry on record; `resource` is what was acted on: ids, up to ten of many, and what it changed in short."""
 
     entry_id: UUID
     at: datetime
@@ -49,6 +51,14 @@ class AuditEntry:
     payload_sha256: bytes
     previous_sha256: bytes
     entry_sha256: bytes
+
+
+def listed(keys: Sequence[UUID], what: str) -> str:
+    """Returns what an entry says of many things: how many, and the ids of the first ten."""
+    if not keys:
+        return f"0 {what}"
+    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return f"{len(keys)} {what}: {', '.join(map(str, keys[:_LISTED]))}{more}"
 
 
 def payload_sha256(request_sha256: bytes, changed: dict[str, Any]) -> bytes:

@@ -6,32 +6,27 @@ from typing import TYPE_CHECKING
 
 from muster.allocator.v1 import client_pb2, client_pb2_grpc
 
-from allocator.audit import Deed
 from allocator.clients import Client
-from allocator.leases import Status
 from allocator.positions import text_position
-from allocator.translation import moment
-from services import pages, requests
-from services.call import Principal
+from allocator.translation import act_of, deed_of, moment
+from services import pages
 from services.status import Context
 from services.validate import Checks
 
 if TYPE_CHECKING:
-    from google.protobuf.message import Message
-
+    from allocator.acts import Acts
     from allocator.availability import Availability
     from allocator.client_store import ClientStore
     from allocator.clients import Clients
-    from allocator.leases import Leases
 
 
 class ClientServicer(client_pb2_grpc.ClientServiceServicer):
     """Administers clients."""
 
-    def __init__(self, store: ClientStore, clients: Clients, leases: Leases, availability: Availability) -> None:
+    def __init__(self, store: ClientStore, clients: Clients, acts: Acts, availability: Availability) -> None:
         self._store = store
         self._clients = clients
-        self._leases = leases
+        self._acts = acts
         self._availability = availability
 
     async def ListClients(
@@ -58,7 +53,7 @@ class ClientServicer(client_pb2_grpc.ClientServiceServicer):
         checks.done()
         principal = await self._clients.caller()
         client = await self._store.set_draining(
-            principal.organization_id, client_id, request.draining, _deed(principal, "SetClientDraining", request)
+            principal.organization_id, client_id, request.draining, deed_of(principal, "SetClientDraining", request)
         )
         self._availability.outdate(principal.organization_id)
         return client_pb2.SetClientDrainingResponse(client=_message(client))
@@ -68,20 +63,14 @@ class ClientServicer(client_pb2_grpc.ClientServiceServicer):
     ) -> client_pb2.DeclareInstanceDeadResponse:
         """Frees the leases of an instance."""
         checks = Checks()
+        principal = await self._clients.caller()
+        act = act_of(checks, request, principal, "DeclareInstanceDead")
         client_id = checks.identifier("client_id", request.client_id)
         number = checks.number("instance_number", request.instance_number, least=0, most=65535)
         checks.done()
-        principal = await self._clients.caller()
-        released = await self._store.declare_dead(
-            principal.organization_id, client_id, number, _deed(principal, "DeclareInstanceDead", request)
-        )
-        self._clients.declared_dead(principal.organization_id, client_id, number)
-        self._leases.gave_back(principal.organization_id, released, Status.RELEASED)
-        return client_pb2.DeclareInstanceDeadResponse(released_leases=released)
-
-
-def _deed(principal: Principal, action: str, request: Message) -> Deed:
-    return Deed(principal.key_id, action, "", requests.digest(request))
+        ended = await self._acts.declare_dead(principal.organization_id, act, client_id, number)
+        self._clients.forget(principal.organization_id, client_id, number)
+        return client_pb2.DeclareInstanceDeadResponse(released_leases=ended)
 
 
 def _message(client: Client) -> client_pb2.Client:

@@ -11,7 +11,8 @@ from allocator import audit_store
 from allocator.audit import Deed
 from allocator.clients import SILENT_SECONDS, Client, ClientIdentity, ClientInstance
 from allocator.errors import ClientNotFound
-from allocator.lease_store import release_instance
+from allocator.lease_store import end_instance
+from allocator.leases import Status
 from allocator.store import Store
 from services.postgres import queries
 
@@ -69,37 +70,27 @@ class ClientStore(Store):
             if await connection.fetchval(_SQL["set_draining"], organization_id, client_id, draining) is None:
                 raise ClientNotFound(client_id)
             (client,) = await _clients(connection, organization_id, None, 1, only=client_id)
-            await audit_store.append(connection, organization_id, deed, client_id, {"draining": draining})
+            resource = f"{client_id}: {'draining' if draining else 'not draining'}"
+            await audit_store.append(connection, organization_id, deed, resource, {"draining": draining})
             return client
 
         return await self.atomically(work)
 
-    async def declare_dead(self, organization_id: UUID, client_id: str, instance_number: int, deed: Deed) -> int:
-        """Frees the leases of an instance and counts it as offline, with an audit entry; one transaction.
-
-        Returns:
-            How many leases were freed.
-
-        Raises:
-            ClientNotFound: there is no such client or instance; nothing was written.
-        """
+    async def goodbye(self, organization_id: UUID, client_id: str, instance_number: int) -> int:
+        """Releases every live lease of an instance and forgets it, in one transaction; returns how many leases."""
 
         async def work(connection: Connection) -> int:
-            released = await release_instance(connection, organization_id, client_id, instance_number)
-            found = await connection.fetchval(
-                _SQL["silence_instance"], organization_id, client_id, instance_number, SILENT_SECONDS
-            )
-            if found is None:
-                raise ClientNotFound(client_id, instance_number)
-            resource = f"{client_id} instance {instance_number}"
-            await audit_store.append(connection, organization_id, deed, resource, {"released_leases": released})
-            return released
+            released = await end_instance(connection, organization_id, client_id, instance_number, Status.RELEASED)
+            await connection.execute(_SQL["forget_instance"], organization_id, client_id, instance_number)
+            return len(released)
 
         return await self.atomically(work)
 
-    async def silent_holders(self, silent_seconds: float, at_most: int) -> list[tuple[UUID, str, int]]:
-        """Returns instances of all organizations that hold leases and were silent for longer."""
-        rows = await self.database.fetch(_SQL["silent_holders"], silent_seconds, at_most)
+    async def silent_holders(
+        self, silent_seconds: float, holds_none_seconds: float, at_most: int
+    ) -> list[tuple[UUID, str, int]]:
+        """Returns instances of all organizations that hold leases; silent for longer than the first, not the second."""
+        rows = await self.database.fetch(_SQL["silent_holders"], silent_seconds, holds_none_seconds, at_most)
         return [(row["organization_id"], row["client_id"], row["instance_number"]) for row in rows]
 
     async def forget(self, silent_seconds: float, at_most: int) -> int:

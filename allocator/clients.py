@@ -1,7 +1,8 @@
 """Clients: the machines that work, and the processes on them.
 
 unknown ──any call──> online ──10 min of silence──> offline ──30 days, nothing held──> unknown
-An instance that was silent for longer than ten minutes, or was declared dead, holds no leases.
+An instance that was silent for longer than ten minutes, or was declared dead, holds no leases. One that says goodbye is
+unknown at once, and its client is not missed unless another instance of it fell silent.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ _NOTED_SECONDS = 30.0
 _RENEWAL_NOTED_SECONDS = 60.0
 # A renewal may have gone unnoted for so long, and an instance must really have been silent for ten minutes.
 _DEAD_SECONDS = SILENT_SECONDS + _RENEWAL_NOTED_SECONDS
+# A lease lasts an hour at most from its grant or renewal, both signs of life: who was silent for longer holds none that
+# lives, and is not looked at again and again until it is forgotten.
+_HOLDS_NONE_SECONDS = 7200.0
 _REMEMBERED = 100_000
 _DEAD_ROUND_SECONDS = 5.0
 _DEAD_AT_ONCE = 200
@@ -139,13 +143,18 @@ class Clients:
         for client_id, instance_number in due:
             _remember(self._renewed, (organization_id, client_id, instance_number), now)
 
-    async def heartbeat(self, organization_id: UUID, client: ClientIdentity) -> tuple[datetime, bool]:
-        """Notes that a client lives; returns the database's clock and whether it should drain."""
-        await self.meet(organization_id, client)
-        return await self._store.heartbeat(organization_id, client.client_id)
+    async def goodbye(self, organization_id: UUID, client_id: str, instance_number: int) -> int:
+        """Releases the leases of an instance that ends, and forgets it; returns how many leases."""
+        released = await self._store.goodbye(organization_id, client_id, instance_number)
+        self.forget(organization_id, client_id, instance_number)
+        return released
 
-    def declared_dead(self, organization_id: UUID, client_id: str, instance_number: int) -> None:
-        """Sees to it that the next sign of life of an instance is noted."""
+    async def heartbeat(self, organization_id: UUID, client_id: str) -> tuple[datetime, bool]:
+        """Returns the database's clock, and whether a client should drain."""
+        return await self._store.heartbeat(organization_id, client_id)
+
+    def forget(self, organization_id: UUID, client_id: str, instance_number: int) -> None:
+        """Sees to it that an instance's next sign of life is noted. Other replicas may take half a minute to do so."""
         for key in [
             key
             for key in self._noted
@@ -175,18 +184,23 @@ class SilentClients:
         """
         freed = 0
         for organization_id, client_id, instance_number in await self._store.silent_holders(
-            _DEAD_SECONDS, _DEAD_AT_ONCE
+            _DEAD_SECONDS, _HOLDS_NONE_SECONDS, _DEAD_AT_ONCE
         ):
-            released = await self._leases.free_silent(organization_id, client_id, instance_number, _DEAD_SECONDS)
-            if released:
+            try:
+                ended = await self._leases.free_silent(organization_id, client_id, instance_number, _DEAD_SECONDS)
+            except DatabaseUnavailable as error:
+                # A row of one organization that stays locked must not keep the leases of all others.
+                _log.warning("a silent instance is passed over", client=client_id, error=error.message)
+                continue
+            if ended:
                 _log.info(
                     "an instance is silent: its leases are freed",
                     organization=str(organization_id),
                     client=client_id,
                     instance=instance_number,
-                    leases=released,
+                    leases=ended,
                 )
-            freed += released
+            freed += ended
         while await self._store.forget(_IDLE_SECONDS, _FORGOTTEN_AT_ONCE):
             continue
         return freed

@@ -111,21 +111,16 @@ class LeaseStore(Store):
 
         return await self.atomically(work)
 
-    async def release_instance(self, organization_id: UUID, client_id: str, instance_number: int) -> int:
-        """Releases every live lease of an instance; returns how many."""
-
-        async def work(connection: Connection) -> int:
-            return await release_instance(connection, organization_id, client_id, instance_number)
-
-        return await self.atomically(work)
-
-    async def release_silent(
+    async def expire_silent(
         self, organization_id: UUID, client_id: str, instance_number: int, silent_seconds: float
     ) -> int:
-        """Releases every live lease of an instance if it was silent for longer by now; returns how many."""
+        """Ends every live lease of an instance if it was silent for longer by now; returns how many."""
 
         async def work(connection: Connection) -> int:
-            return await release_instance(connection, organization_id, client_id, instance_number, silent_seconds)
+            ended = await end_instance(
+                connection, organization_id, client_id, instance_number, Status.EXPIRED, silent_seconds
+            )
+            return len(ended)
 
         return await self.atomically(work)
 
@@ -175,20 +170,22 @@ class LeaseStore(Store):
         return await self.atomically(work)
 
 
-async def release_instance(
+async def end_instance(
     connection: Connection,
     organization_id: UUID,
     client_id: str,
     instance_number: int,
+    status: Status,
     silent_seconds: float | None = None,
-) -> int:
-    """Releases every live lease of an instance, within the transaction in hand; returns how many.
+) -> list[UUID]:
+    """Ends every live lease of an instance without a result, within the transaction in hand; returns their keys.
 
     Args:
         connection: A connection in a transaction.
         organization_id: The tenant.
         client_id: The client.
         instance_number: Its instance.
+        status: RELEASED when the instance itself gives them back, EXPIRED when others end them.
         silent_seconds: Only if it was silent for longer; None: whether or not.
     """
     rows = await connection.fetch(
@@ -196,8 +193,8 @@ async def release_instance(
     )
     held = await lock_leases(connection, organization_id, [row["allocation_key"] for row in rows])
     live = [lease for lease in held.values() if lease.is_live]
-    await give_back(connection, organization_id, live, Status.RELEASED)
-    return len(live)
+    await give_back(connection, organization_id, live, status)
+    return [lease.allocation_key for lease in live]
 
 
 async def lock_leases(connection: Connection, organization_id: UUID, keys: Sequence[UUID]) -> dict[UUID, HeldLease]:

@@ -1,8 +1,11 @@
 """Leases: the right to a unit of work until a moment, and how it is renewed, given back and taken away.
 
 granted ──submit──> succeeded | failed | blocked
-   ├── release, goodbye, no persona ──> released
-   └── expires_at passes ──> expired ──late result, room left──> succeeded | failed | blocked
+   ├── its holder releases it, or says goodbye ──> released
+   └── expires_at passes, or others end it ──> expired ──late result, room left──> succeeded | failed | blocked
+
+Others end a lease when an operator revokes it or declares its holder dead, or its holder fell silent. The holder may be
+at work all the same: its result is late then, and not lost.
 """
 
 from __future__ import annotations
@@ -236,19 +239,13 @@ class Leases:
             answers.append(None if name in released or again else refusal(name, held, ended))
         return answers
 
-    async def goodbye(self, organization_id: UUID, client_id: str, instance_number: int) -> int:
-        """Gives back every lease of an instance that ends; returns how many."""
-        released = await self._store.release_instance(organization_id, client_id, instance_number)
-        self.gave_back(organization_id, released, Status.RELEASED)
-        return released
-
     async def free_silent(
         self, organization_id: UUID, client_id: str, instance_number: int, silent_seconds: float
     ) -> int:
-        """Gives back every lease of an instance that was silent for longer; returns how many."""
-        released = await self._store.release_silent(organization_id, client_id, instance_number, silent_seconds)
-        self.gave_back(organization_id, released, Status.RELEASED)
-        return released
+        """Ends every lease of an instance that was silent for longer; returns how many."""
+        freed = await self._store.expire_silent(organization_id, client_id, instance_number, silent_seconds)
+        self.gave_back(organization_id, freed, Status.EXPIRED)
+        return freed
 
     async def sweep(self) -> int:
         """Ends the leases that ran out; returns how many. Safe to run from several replicas at once.
@@ -263,6 +260,9 @@ class Leases:
             try:
                 swept += await self._sweep_organization(organization_id)
             except DatabaseUnavailable as error:
+                _log.warning("the sweep passes over", organization=str(organization_id), error=error.message)
+        return swept
+
     async def _sweep_organization(self, organization_id: UUID) -> int:
         swept = 0
         while True:
@@ -271,9 +271,6 @@ class Leases:
             swept += expired
             if expired < _SWEEP_LEASES:
                 return swept
-
-                _log.warning("the sweep passes over", organization=str(organization_id), error=error.message)
-        return swept
 
     async def sweep_for_ever(self) -> None:
         """Sweeps every `sweep_seconds`; waits while the database is away."""

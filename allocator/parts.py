@@ -139,18 +139,16 @@ def insight(
     return InsightServicer(store, WeeklyStore(database, partitions), reports, explanation, allocation, clients)
 
 
-def admin(
-    database: Database,
-    partitions: Partitions,
-    leases: Leases,
-    availability: Availability,
-    clients: Clients,
-    reports: ReportCache,
-) -> AdminServicer:
-    """Builds what operators do by hand, and its audit."""
-    quarantine = QuarantineStore(database)
-    acts = Acts(ActStore(database, partitions, quarantine), leases, availability, reports)
-    return AdminServicer(acts, quarantine, AuditStore(database, partitions), clients)
+def acts(
+    database: Database, partitions: Partitions, leases: Leases, availability: Availability, reports: ReportCache
+) -> Acts:
+    """Builds what operators do by hand."""
+    return Acts(ActStore(database, partitions, QuarantineStore(database)), leases, availability, reports)
+
+
+def admin(database: Database, partitions: Partitions, acts: Acts, clients: Clients) -> AdminServicer:
+    """Builds what administrators call."""
+    return AdminServicer(acts, QuarantineStore(database), AuditStore(database, partitions), clients)
 
 
 def upkeep_loops(database: Database, partitions: Partitions, allocations: AllocationStore) -> Loops:

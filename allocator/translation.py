@@ -10,13 +10,18 @@ from typing import Any
 from uuid import UUID
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from muster.allocator.v1 import slot_pb2, work_pb2
 
+from allocator.acts import Act
+from allocator.audit import Deed
 from allocator.blockers import NoWork
 from allocator.clients import ClientIdentity
 from allocator.leases import LeaseName
 from allocator.slots import Setting, Tracking
+from services import requests
+from services.call import Principal
 from services.errors import DomainError, InvalidField
 from services.status import Context, code_number
 from services.validate import Checks
@@ -40,6 +45,23 @@ def item_error(error: DomainError) -> work_pb2.ItemError:
     """Returns the refusal of one item of a batch."""
     return work_pb2.ItemError(
         code=code_number(error.reason), reason=error.reason, message=error.message, metadata=error.metadata
+    )
+
+
+def deed_of(principal: Principal, action: str, request: Message, reason: str = "") -> Deed:
+    """Returns who does what, for the audit entry; '' when the method takes no reason."""
+    return Deed(principal.key_id, action, reason, requests.digest(request))
+
+
+def act_of(checks: Checks, request: Any, principal: Principal, action: str) -> Act:
+    """Checks the required field `act` of a request."""
+    if not request.HasField("act"):
+        checks.fail("act", "required")
+    reason = checks.text("act.reason", request.act.reason, min_length=1, max_length=256)
+    return Act(
+        request_id=checks.uuid("act.request_id", request.act.request_id),
+        deed=deed_of(principal, action, request, reason),
+        dry_run=request.act.dry_run,
     )
 
 

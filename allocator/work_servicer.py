@@ -14,7 +14,7 @@ from muster.allocator.v1 import work_pb2, work_pb2_grpc
 from allocator.allocation import Allocation
 from allocator.blockers import NoWork
 from allocator.clients import ClientIdentity, Clients
-from allocator.leases import LeaseName, Leases
+from allocator.leases import LeaseName, Leases, Status
 from allocator.package_bytes import packages_bytes
 from allocator.packages import Demand
 from allocator.results import Results
@@ -132,8 +132,11 @@ class WorkServicer(work_pb2_grpc.WorkServiceServicer):
         organization_id = (await self._clients.caller()).organization_id
         released = 0
         if request.goodbye:
-            released = await self._leases.goodbye(organization_id, client.client_id, client.instance_number)
-        now, draining = await self._clients.heartbeat(organization_id, client)
+            released = await self._clients.goodbye(organization_id, client.client_id, client.instance_number)
+            self._leases.gave_back(organization_id, released, Status.RELEASED)
+        else:
+            await self._clients.meet(organization_id, client)
+        now, draining = await self._clients.heartbeat(organization_id, client.client_id)
         return work_pb2.HeartbeatResponse(server_time=moment(now), drain=draining, released_leases=released)
 
     async def WorkStream(  # type: ignore[override]

@@ -75,22 +75,19 @@ ORDER BY u.client_id, i.instance_number;
 -- $1 organization, $2 client, $3 whether it drains. Index: primary key.
 UPDATE clients SET draining = $3 WHERE organization_id = $1 AND client_id = $2 RETURNING client_id;
 
--- name: silence_instance
--- An instance that was declared dead is offline at once: its last contact counts as the given silence ago. $1
--- organization, $2 client, $3 instance, $4 seconds. Index: primary key.
-UPDATE client_instances
-SET last_seen_at = least(last_seen_at, statement_timestamp() - $4::float8 * interval '1 second')
-WHERE organization_id = $1 AND client_id = $2 AND instance_number = $3
-RETURNING instance_number;
+-- name: forget_instance
+-- One that said goodbye. $1 organization, $2 client, $3 instance. Index: primary key.
+DELETE FROM client_instances WHERE organization_id = $1 AND client_id = $2 AND instance_number = $3;
 
 -- name: silent_holders
--- Instances that hold leases and were silent for $1 seconds; at most $2. Over all organizations, as the clock's work.
--- Index: client_instances_last_seen_at, leases_holder.
+-- Instances that hold leases and were silent for $1 seconds, but not for $2; at most $3. Over all organizations, as the
+-- clock's work. Index: client_instances_last_seen_at, leases_holder.
 SELECT i.organization_id, i.client_id, i.instance_number FROM client_instances i
 WHERE i.last_seen_at < statement_timestamp() - $1::float8 * interval '1 second'
+  AND i.last_seen_at > statement_timestamp() - $2::float8 * interval '1 second'
   AND EXISTS (SELECT FROM leases l WHERE l.organization_id = i.organization_id AND l.client_id = i.client_id
     AND l.instance_number = i.instance_number)
-ORDER BY i.last_seen_at LIMIT $2;
+ORDER BY i.last_seen_at LIMIT $3;
 
 -- name: forget_instances
 -- Instances that were silent for $1 seconds and hold nothing; at most $2. Over all organizations, as the clock's work.

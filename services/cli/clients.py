@@ -8,6 +8,7 @@ import click
 from muster import Client
 from muster.machines import Machine
 
+from services.cli.acting import act_options
 from services.cli.connection import connected
 from services.cli.output import json_option, show_json, show_table
 
@@ -43,7 +44,10 @@ async def list_clients(client: Client, online: bool | None, instances: bool, as_
 @json_option
 @connected
 async def drain(client: Client, client_id: str, as_json: bool) -> None:
-    """Tell a client to finish what it holds and take nothing new."""
+    """Tell a client to finish what it holds and take nothing new.
+
+    It may still get work for a moment: it has drained when this, said again 5 seconds later, shows no leases.
+    """
     _show([await client.machines.set_draining(client_id, True)], as_json)
 
 
@@ -59,19 +63,12 @@ async def undrain(client: Client, client_id: str, as_json: bool) -> None:
 @client.command()
 @click.argument("client_id")
 @click.argument("instance", type=click.IntRange(0, 65535))
-@click.option("--dry-run", is_flag=True, help="Only say how many leases would be freed.")
+@act_options
 @connected
-async def dead(client: Client, client_id: str, instance: int, dry_run: bool) -> None:
-    """Free the leases of an instance at once; if it lives after all, its tokens are stale."""
-    if not dry_run:
-        click.echo(f"{await client.machines.declare_dead(client_id, instance)} lease(s) freed")
-        return
-    async for one in client.machines.list(page_size=1000):
-        for each in one.instances if one.client_id == client_id else ():
-            if each.instance_number == instance:
-                click.echo(f"{each.leases} lease(s) would be freed")
-                return
-    raise click.ClickException(f"there is no client {client_id} with an instance {instance}")
+async def dead(client: Client, client_id: str, instance: int, reason: str, dry_run: bool) -> None:
+    """Free the leases of an instance at once; if it lives after all, its results are late."""
+    freed = await client.machines.declare_dead(client_id, instance, reason=reason, dry_run=dry_run)
+    click.echo(f"{freed} lease(s) {'would be ' * dry_run}freed")
 
 
 def _show(found: Sequence[Machine], as_json: bool) -> None:

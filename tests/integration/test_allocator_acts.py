@@ -67,11 +67,44 @@ async def test_revoked_leases_give_their_units_back_and_their_holder_learns_of_i
     assert answers == ["", "LEASE_LOST", "LEASE_LOST", "LEASE_LOST", "ALLOCATION_NOT_FOUND"]
     assert (await allocator.renew(lease(held)))[0].error.reason == "LEASE_LOST"
     counters = await allocator.tracking(slot.slot_id)
-    assert (counters["allocated"], counters["succeeded"], counters["released"]) == (4, 1, 2)
+    assert [counters[name] for name in ("allocated", "succeeded", "released", "expired")] == [4, 1, 1, 1]
     (exit_,) = await allocator.sql("SELECT use_count FROM exits")
     assert exit_["use_count"] == 2
     # At once: the index of this replica was told.
     assert len((await allocator.ask(2)).allocations) == 2
+    await allocator.check_invariants()
+
+
+@pytest.mark.parametrize("way", ["revoked", "released by age", "holder declared dead"])
+async def test_a_result_whose_lease_an_operator_ended_is_late_and_not_lost(
+    allocator: Allocator, office: Office, way: str
+) -> None:
+    slot = await allocator.slot(daily_quota=2)
+
+    async def end(unit: work_pb2.Allocation) -> None:
+        if way == "revoked":
+            assert await office.revoke(act(), unit.allocation_key) == [""]
+        elif way == "released by age":
+            assert (await office.release_by_age(act(), 0)).released == 1
+        else:
+            assert await office.declare_dead(act(), "pc-1") == 1
+
+    (first,) = await allocator.take()
+    await end(first)
+    (released,) = await allocator.release(lease(first))
+    assert released.error.reason == "LEASE_LOST"
+    (recorded,) = await allocator.submit(result(first))
+    assert recorded.disposition == work_pb2.RESULT_DISPOSITION_RECORDED_LATE
+    (second,) = await allocator.take()
+    await end(second)
+    (third,) = await allocator.take()
+    # Its unit was handed out again.
+    (kept,) = await allocator.submit(result(second))
+    assert kept.disposition == work_pb2.RESULT_DISPOSITION_QUARANTINED
+    assert await allocator.submit(result(first), result(second)) == [recorded, kept]
+    await allocator.submit(result(third))
+    counters = await allocator.tracking(slot.slot_id)
+    assert [counters[name] for name in ("allocated", "succeeded", "released", "expired")] == [3, 2, 0, 1]
     await allocator.check_invariants()
 
 
@@ -169,6 +202,9 @@ async def test_a_reopened_day_hands_out_more_and_stays_so_when_its_slot_changes(
     # As many as failed or were blocked.
     answer = await office.reopen(act(), slot.slot_id)
     assert (answer.quota_before, answer.quota, answer.room) == (2, 4, 2)
+    # The same ones are not added again.
+    answer = await office.reopen(act(), slot.slot_id)
+    assert (answer.quota_before, answer.quota, answer.room) == (4, 4, 2)
     await allocator.take(2)
     assert not (await allocator.ask()).allocations
     answer = await office.reopen(act(), slot.slot_id, units=1)
@@ -202,9 +238,6 @@ async def test_what_cannot_be_reopened(allocator: Allocator, office: Office) -> 
 
 async def test_results_in_quarantine_are_accepted_or_discarded(start_service: StartService) -> None:
     allocator = await Allocator.of(await start_service("allocator", leases={"sweep_seconds": 0.02}))
-    # The same ones are not added again.
-    answer = await office.reopen(act(), slot.slot_id)
-    assert (answer.quota_before, answer.quota, answer.room) == (4, 4, 2)
     office = await Office.of(allocator)
     slot = await allocator.slot(daily_quota=3)
     late = await allocator.take(3)
@@ -233,8 +266,8 @@ async def test_results_in_quarantine_are_accepted_or_discarded(start_service: St
     assert not (await office.quarantined()).results
     assert [(entry.action, entry.resource) for entry in await office.entries()] == [
         ("AcceptQuarantinedResults", "0 quarantined results"),
-        ("DiscardQuarantinedResults", "1 quarantined results"),
-        ("AcceptQuarantinedResults", "2 quarantined results"),
+        ("DiscardQuarantinedResults", f"1 quarantined results: {third}"),
+        ("AcceptQuarantinedResults", f"2 quarantined results: {first}, {second}"),
     ]
 
 

@@ -59,7 +59,11 @@ async def test_an_entry_says_who_did_what_when_to_what_and_why(allocator: Alloca
         ("RevokeLeases", "stuck since noon"),
     ]
     (today,) = await allocator.sql("SELECT (now() AT TIME ZONE 'UTC')::date AS day")
-    assert [entry.resource for entry in entries] == [f"{slot.slot_id} on {today['day']}", "pc-1", "1 leases"]
+    assert [entry.resource for entry in entries] == [
+        f"{slot.slot_id} on {today['day']}: quota 100 to 103",
+        "pc-1: draining",
+        f"1 leases: {unit.allocation_key}",
+    ]
     actors = {entry.action: entry.actor for entry in entries}
     assert actors["RevokeLeases"] == actors["ReopenQuota"] != actors["SetClientDraining"]
     assert all(len(entry.payload_sha256) == len(entry.entry_sha256) == 32 for entry in entries)
@@ -67,6 +71,14 @@ async def test_an_entry_says_who_did_what_when_to_what_and_why(allocator: Alloca
         (entry.at.ToMicroseconds() for entry in entries), reverse=True
     )
     assert [entry.action for entry in await office.entries(action="RevokeLeases")] == ["RevokeLeases"]
+
+
+async def test_an_entry_about_many_things_names_the_first_ten(allocator: Allocator, office: Office) -> None:
+    await allocator.slot()
+    keys = [unit.allocation_key for unit in await allocator.take(12)]
+    await office.revoke(act(), *keys)
+    (entry,) = await office.entries()
+    assert entry.resource == f"12 leases: {', '.join(sorted(keys)[:10])} and 2 more"
 
 
 async def test_pages_of_entries_hold_each_once(allocator: Allocator, office: Office) -> None:

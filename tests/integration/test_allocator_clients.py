@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import uuid
+from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
 from muster.allocator.v1 import work_pb2
 
 from services.call import Role
-from tests.support.acts import Office, identity
-from tests.support.allocator import Allocator, lease, until
+from services.postgres import queries
+from tests.support.acts import Office, act, identity
+from tests.support.allocator import Allocator, lease, result, until
 from tests.support.services import StartService
 
 
@@ -123,14 +127,64 @@ async def test_the_leases_of_an_instance_that_fell_silent_are_freed_by_the_servi
     # The leases have almost an hour to live: nothing but the silence frees them.
     await until(freed, seconds=15)
     counters = await allocator.tracking(slot.slot_id)
-    assert (counters["allocated"], counters["released"], counters["expired"]) == (3, 2, 0)
+    assert (counters["allocated"], counters["released"], counters["expired"]) == (3, 0, 2)
     (exit_,) = await allocator.sql("SELECT use_count FROM exits")
     assert exit_["use_count"] == 1
     answers = await allocator.renew(*map(lease, silent), lease(other))
     assert [answer.error.reason for answer in answers] == ["LEASE_LOST", "LEASE_LOST", ""]
-    # It comes back, is registered anew and gets work again.
-    assert len(await ask(allocator, identity("pc-1", 1), 2)) == 2
+    # It was only slow: what it did is late and not lost.
+    first, second = silent
+    (recorded,) = await allocator.submit(result(first))
+    assert recorded.disposition == work_pb2.RESULT_DISPOSITION_RECORDED_LATE
+    # By the time of its other result others got the unit.
+    assert len(await ask(allocator, identity("pc-3"))) == 1
+    (kept,) = await allocator.submit(result(second))
+    assert kept.disposition == work_pb2.RESULT_DISPOSITION_QUARANTINED
     await allocator.check_invariants()
+
+
+async def test_looking_for_silent_holders_does_not_read_all_who_ever_were(allocator: Allocator) -> None:
+    await allocator.slot()
+    await ask(allocator, identity("pc-1"))
+    organization_id = await allocator.service.organization_id()
+    await allocator.sql(
+        "INSERT INTO client_instances (organization_id, client_id, instance_number, user_folder_number, last_seen_at) "
+        "SELECT $1, 'pod-' || n, 0, 0, now() - n * interval '2 minutes' FROM generate_series(1, 20000) n",
+        organization_id,
+    )
+    await allocator.sql(
+        "INSERT INTO leases (allocation_key, organization_id, lease_token, work_date, slot_id, client_id, "
+        "instance_number, granted_at, expires_at, renewable_until, sweep_at) "
+        "SELECT gen_random_uuid(), $1, gen_random_uuid(), now()::date, gen_random_uuid(), 'live-' || n, 0, now(), at, "
+        "at, at FROM generate_series(1, 20000) n, (SELECT now() + interval '1 hour' AS at) a",
+        organization_id,
+    )
+    await allocator.sql("ANALYZE client_instances, leases")
+    statement = queries("allocator", "clients.sql")["silent_holders"]
+    door = await allocator.connect()
+    # In a transaction, since the service would free the lease meanwhile.
+    async with door.transaction():
+        await door.execute(
+            "UPDATE client_instances SET last_seen_at = now() - interval '12 m' WHERE client_id = $1", "pc-1"
+        )
+        found = await door.fetch(statement, 660.0, 7200.0, 200)
+        explained = await door.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON, TIMING OFF) {statement}", 660.0, 7200.0, 200)
+    await door.close()
+    assert [row["client_id"] for row in found] == ["pc-1"]
+
+    def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield node
+        for child in node.get("Plans", ()):
+            yield from nodes(child)
+
+    plan = list(nodes(json.loads(explained)[0]["Plan"]))
+    read = [
+        node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0))
+        for node in plan
+        if node.get("Relation Name") == "client_instances"
+    ]
+    # One every two minutes in two hours.
+    assert 0 < sum(read) <= 60
 
 
 async def test_a_renewal_on_its_behalf_keeps_a_silent_instance_alive(allocator: Allocator, office: Office) -> None:
@@ -162,8 +216,8 @@ async def test_an_operator_declares_an_instance_dead(allocator: Allocator, offic
     await allocator.slot()
     units = await ask(allocator, identity("pc-1", 1), 3)
     await ask(allocator, identity("pc-1", 2))
-    assert await office.declare_dead("pc-1", 1) == 3
-    assert await office.declare_dead("pc-1", 1) == 0
+    assert await office.declare_dead(act(), "pc-1", 1) == 3
+    assert await office.declare_dead(act(), "pc-1", 1) == 0
     (client,) = (await office.list_clients()).clients
     assert [(i.instance_number, i.online, i.leases) for i in client.instances] == [(1, False, 0), (2, True, 1)]
     assert (await allocator.renew(lease(units[0])))[0].error.reason == "LEASE_LOST"
@@ -173,11 +227,53 @@ async def test_an_operator_declares_an_instance_dead(allocator: Allocator, offic
     assert client.instances[0].online
     for name, number in (("pc-1", 9), ("nobody", 1)):
         with pytest.raises(grpc.aio.AioRpcError, match="there is no client") as refused:
-            await office.declare_dead(name, number)
+            await office.declare_dead(act(), name, number)
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
-    actions = [(entry.action, entry.resource) for entry in await office.entries()]
-    assert actions == [("DeclareInstanceDead", "pc-1 instance 1")] * 2
+    keys = ", ".join(sorted(unit.allocation_key for unit in units))
+    assert [(entry.action, entry.resource) for entry in await office.entries()] == [
+        ("DeclareInstanceDead", "pc-1 instance 1, 0 leases"),
+        ("DeclareInstanceDead", f"pc-1 instance 1, 3 leases: {keys}"),
+    ]
     await allocator.check_invariants()
+
+
+async def test_a_retry_of_a_declared_death_frees_nothing_that_was_leased_since(
+    allocator: Allocator, office: Office
+) -> None:
+    await allocator.slot()
+    instance = identity("pc-1", 1)
+    await ask(allocator, instance, 2)
+    assert await office.declare_dead(act(dry_run=True), "pc-1", 1) == 2
+    assert await office.entries() == []
+    the_act = act(reason="it does not answer")
+    assert await office.declare_dead(the_act, "pc-1", 1) == 2
+    (unit,) = await ask(allocator, instance)
+    assert await office.declare_dead(the_act, "pc-1", 1) == 2
+    assert (await allocator.renew(lease(unit)))[0].HasField("expires_at")
+    (entry,) = await office.entries()
+    assert (entry.action, entry.reason) == ("DeclareInstanceDead", "it does not answer")
+    with pytest.raises(grpc.aio.AioRpcError, match="request_id stands for another request"):
+        await office.declare_dead(the_act, "pc-1", 2)
+
+
+async def test_an_instance_that_says_goodbye_is_forgotten_until_it_speaks_again(
+    allocator: Allocator, office: Office
+) -> None:
+    await allocator.slot()
+    gone = identity("pc-1", 1)
+    (unit,) = await ask(allocator, gone)
+    await beat(allocator, identity("pc-1", 2))
+    for _ in range(2):
+        request = work_pb2.HeartbeatRequest(client=gone, goodbye=True)
+        await allocator.work.Heartbeat(request, metadata=allocator.worker)
+        (client,) = (await office.list_clients()).clients
+        assert [instance.instance_number for instance in client.instances] == [2]
+    (answer,) = await allocator.renew(lease(unit))
+    assert answer.error.metadata["status"] == "released"
+    # At once, however short the time since it was noted last.
+    await beat(allocator, gone)
+    (client,) = (await office.list_clients()).clients
+    assert [instance.instance_number for instance in client.instances] == [1, 2]
 
 
 async def test_a_draining_client_finishes_what_it_holds_and_takes_nothing_new(
@@ -205,19 +301,20 @@ async def test_a_client_idle_for_thirty_days_is_forgotten_unless_it_holds_someth
     allocator: Allocator, office: Office
 ) -> None:
     await allocator.slot()
-    for name in ("idle", "late"):
+    for name in ("holder", "idle", "late"):
         for number in (0, 1):
             await beat(allocator, identity(name, number))
-    # Renewed just now, or the silence alone would free its lease.
-    await silence(allocator, 31 * 24 * 60, "idle")
+    await ask(allocator, identity("holder", 1))
+    for name in ("holder", "idle"):
+        await silence(allocator, 31 * 24 * 60, name)
     await silence(allocator, 29 * 24 * 60, "late")
 
     async def forgotten() -> bool:
-        return [client.client_id for client in (await office.list_clients()).clients] == ["late"]
+        return [client.client_id for client in (await office.list_clients()).clients] == ["holder", "late"]
 
     await until(forgotten, seconds=15)
-    rows = await allocator.sql("SELECT DISTINCT client_id FROM client_instances")
-    assert [row["client_id"] for row in rows] == ["late"]
+    rows = await allocator.sql("SELECT client_id, instance_number FROM client_instances ORDER BY 1, 2")
+    assert [tuple(row) for row in rows] == [("holder", 1), ("late", 0), ("late", 1)]
 
 
 async def test_clients_of_another_organization_are_not_there(allocator: Allocator, office: Office) -> None:
@@ -226,7 +323,7 @@ async def test_clients_of_another_organization_are_not_there(allocator: Allocato
     stranger.operator = await allocator.service.metadata(Role.OPERATOR, "rival")
     rival = await Office.of(stranger, "rival")
     assert (await rival.list_clients()).clients == []
-    for attempt in (rival.drain("pc-1"), rival.declare_dead("pc-1")):
+    for attempt in (rival.drain("pc-1"), rival.declare_dead(act(), "pc-1")):
         with pytest.raises(grpc.aio.AioRpcError, match="there is no client"):
             await attempt
     (client,) = (await office.list_clients()).clients

@@ -203,7 +203,7 @@ async def test_clients_and_targets(allocator: Allocator, call: Caller, theirs: T
     before = await _rows(allocator)
     draining = client_pb2.SetClientDrainingRequest(client_id="their-pc", draining=True)
     assert await call.reason("ClientService/SetClientDraining", draining) == "CLIENT_NOT_FOUND"
-    dead = client_pb2.DeclareInstanceDeadRequest(client_id="their-pc")
+    dead = client_pb2.DeclareInstanceDeadRequest(act=_act(), client_id="their-pc")
     assert await call.reason("ClientService/DeclareInstanceDead", dead) == "CLIENT_NOT_FOUND"
     assert not (await call("ClientService/ListClients", client_pb2.ListClientsRequest())).clients
     assert not (await call("TargetService/ListTargets", target_pb2.ListTargetsRequest())).targets

@@ -163,3 +163,22 @@ async def test_the_gauges_read_what_the_tables_hold(allocator: Allocator, upkeep
     assert metrics.OVERDUE_LEASES._value.get() == 6
     assert metrics.OUTBOX_PENDING._value.get() == 1
     assert 90 <= metrics.OUTBOX_SECONDS._value.get() < 120
+
+
+async def test_a_client_that_said_goodbye_is_not_missed_until_it_speaks_again(
+    allocator: Allocator, upkeep: Upkeep
+) -> None:
+    gauges = Gauges(upkeep._database, upkeep._partitions)
+
+    async def missed() -> float:
+        for table in ("clients", "client_instances"):
+            await allocator.sql(f"UPDATE {table} SET last_seen_at = now() - interval '11 minutes'")
+        await gauges.measure_clients()
+        return float(metrics.CLIENTS.labels("offline")._value.get())
+
+    await allocator.heartbeat("pc-1")
+    assert await missed() == 1
+    await allocator.heartbeat("pc-1", goodbye=True)
+    assert await missed() == 0
+    await allocator.heartbeat("pc-1")
+    assert await missed() == 1

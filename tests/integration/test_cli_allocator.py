@@ -167,13 +167,14 @@ async def test_clients_are_drained_and_declared_dead(desk: Desk) -> None:
     assert (await desk.allocator.heartbeat("pc-7")).drain
     explained = await desk.read("explain", "--client", "pc-7")
     assert explained["blockers"][0]["kind"] == "CLIENT_DRAINING"
-    assert await desk.said("client", "dead", "pc-7", "0", "--dry-run") == "2 lease(s) would be freed\n"
+    dead = ("client", "dead", "pc-7", "--reason", "on fire")
+    assert await desk.said(*dead, "0", "--dry-run") == "2 lease(s) would be freed\n"
     assert (await desk.allocator.totals()).leased == 2
-    assert await desk.said("client", "dead", "pc-7", "0") == "2 lease(s) freed\n"
+    assert await desk.said(*dead, "0") == "2 lease(s) freed\n"
     (back,) = await desk.read("client", "undrain", "pc-7")
     assert not back["draining"]
-    unknown = await desk.muster("client", "dead", "pc-7", "5", "--dry-run")
-    assert unknown.code == 1
+    unknown = await desk.muster(*dead, "5", "--dry-run")
+    assert (unknown.code, "CLIENT_NOT_FOUND" in unknown.err) == (1, True)
 
 
 async def test_leases_and_quotas_are_acted_on_by_hand_after_a_dry_run(desk: Desk) -> None:

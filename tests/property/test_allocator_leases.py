@@ -88,6 +88,7 @@ class LeaseMachine(RuleBasedStateMachine):
             region=region,
         )
         answer = self.call("WorkService/AllocateWork", request)
+        self.model.known.add(client)
         assert len(answer.allocations) <= min(items, most)
         assert bool(answer.allocations) == (most > 0), (most, answer)
         if answer.allocations:
@@ -104,6 +105,7 @@ class LeaseMachine(RuleBasedStateMachine):
         """The same leases, as far as they still live."""
         request, keys = self.asked[number % len(self.asked)]
         live = {unit.key: unit.allocation.lease_token for unit in self.model.of("live") if unit.key in keys}
+        self.model.known.add(request.client.client_id)
         if not live:
             assert self.refused("WorkService/AllocateWork", request) == "REQUEST_ID_REUSED"
             return
@@ -166,6 +168,7 @@ class LeaseMachine(RuleBasedStateMachine):
         answers = self.run(
             self.company.allocator.submit(*(result(unit.allocation, outcome, **values) for unit in units))
         )
+        self.model.known.add(CLIENTS[0])
         # Which of several late results gets the last room of a day is the service's choice.
         for unit, answer in sorted(zip(units, answers, strict=True), key=lambda pair: pair[1].disposition == 3):
             if unit.state == "released":
@@ -232,20 +235,31 @@ class LeaseMachine(RuleBasedStateMachine):
         (answer,) = self.call("AdminService/RevokeLeases", request).leases
         assert answer.error.reason == ("" if unit.state == "live" else "LEASE_LOST")
         if unit.state == "live" and not tried:
-            self.model.give_back(unit, "released")
+            self.model.give_back(unit, "expired")
 
-    @rule(number=NUMBER, dead=st.booleans())
-    def goodbye(self, number: int, dead: bool) -> None:
+    @rule(number=NUMBER)
+    def goodbye(self, number: int) -> None:
         client = CLIENTS[number % len(CLIENTS)]
         held = [unit for unit in self.model.of("live") if unit.client == client]
-        if dead:
-            request = client_pb2.DeclareInstanceDeadRequest(client_id=client)
-            answer = self.call("ClientService/DeclareInstanceDead", request)
-        else:
-            answer = self.run(self.company.allocator.heartbeat(client, goodbye=True))
+        answer = self.run(self.company.allocator.heartbeat(client, goodbye=True))
         assert answer.released_leases == len(held)
+        self.model.known.discard(client)
         for unit in held:
             self.model.give_back(unit, "released")
+
+    @rule(number=NUMBER, tried=st.booleans())
+    def declare_dead(self, number: int, tried: bool) -> None:
+        client = CLIENTS[number % len(CLIENTS)]
+        request = client_pb2.DeclareInstanceDeadRequest(act=_act(tried), client_id=client)
+        if client not in self.model.known:
+            assert self.refused("ClientService/DeclareInstanceDead", request) == "CLIENT_NOT_FOUND"
+            return
+        held = [unit for unit in self.model.of("live") if unit.client == client]
+        for _ in range(2):
+            assert self.call("ClientService/DeclareInstanceDead", request).released_leases == len(held)
+        if not tried:
+            for unit in held:
+                self.model.give_back(unit, "expired")
 
     @rule(number=NUMBER, draining=_MOSTLY.map(lambda working: not working))
     def drain(self, number: int, draining: bool) -> None:
@@ -258,6 +272,7 @@ class LeaseMachine(RuleBasedStateMachine):
         )
         (self.model.draining.add if draining else self.model.draining.discard)(client)
         assert self.run(self.company.allocator.heartbeat(client)).drain == draining
+        self.model.known.add(client)
 
     @rule(number=NUMBER)
     def toggle(self, number: int) -> None:

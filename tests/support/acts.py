@@ -47,9 +47,9 @@ class Office:
         request = client_pb2.SetClientDrainingRequest(client_id=client_id, draining=draining)
         return (await self.clients.SetClientDraining(request, metadata=self.allocator.operator)).client
 
-    async def declare_dead(self, client_id: str, number: int = 0) -> int:
+    async def declare_dead(self, the_act: admin_pb2.Act, client_id: str, number: int = 0) -> int:
         """Declares an instance dead; returns how many leases were freed."""
-        request = client_pb2.DeclareInstanceDeadRequest(client_id=client_id, instance_number=number)
+        request = client_pb2.DeclareInstanceDeadRequest(act=the_act, client_id=client_id, instance_number=number)
         return (await self.clients.DeclareInstanceDead(request, metadata=self.allocator.operator)).released_leases
 
     async def revoke(self, the_act: admin_pb2.Act, *keys: str) -> list[str]:

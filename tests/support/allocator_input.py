@@ -288,8 +288,8 @@ _CLIENTS = [
     ),
     BadCall(
         "ClientService/DeclareInstanceDead",
-        client_pb2.DeclareInstanceDeadRequest(client_id="pc-1"),
-        [*bad_text("client_id", 128, required=True), *bad_number("instance_number", 65536, 2**32 - 1)],
+        client_pb2.DeclareInstanceDeadRequest(act=_ACTING, client_id="pc-1"),
+        [*_ACT, *bad_text("client_id", 128, required=True), *bad_number("instance_number", 65536, 2**32 - 1)],
     ),
 ]
 _INSIGHT = [

@@ -102,6 +102,8 @@ class Model:
         self.targets: dict[str, ModelTarget] = {}
         self.units: list[Unit] = []
         self.draining: set[str] = set()
+        # Whose instance is on record: it spoke, and did not say goodbye since.
+        self.known: set[str] = set()
 
     def of(self, *states: str) -> list[Unit]:
         """Returns the units in some states."""
@@ -180,7 +182,7 @@ class Model:
         return exit_.epoch
 
     def give_back(self, unit: Unit, state: str) -> None:
-        """Ends a lease without a result."""
+        """Ends a lease without a result: "released" by its holder, else "expired"."""
         unit.state = state
         exit_ = self.exits.get(unit.allocation.exit.exit_id)
         if exit_ is not None and unit.epoch == exit_.epoch:

@@ -150,6 +150,7 @@ class Company:
     async def _furnish(self, slots: list[tuple[int, str, str, bool]], exits: list[tuple[int, int, str]]) -> None:
         for client in CLIENTS:
             await self.allocator.heartbeat(client)
+            self.model.known.add(client)
         self.model.day = await self._today()
         for number, (quota, target, region, without_exit) in enumerate(slots):
             region = "" if without_exit else region

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 
 from muster import values
-from muster.allocator.v1 import client_pb2, client_pb2_grpc
+from muster.allocator.v1 import admin_pb2, client_pb2, client_pb2_grpc
 from muster.calls import Transport
 
 
@@ -24,7 +25,7 @@ class MachineInstance:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A machine; online while it spoke within 10 minutes, and emptied when it drains and holds no leases."""
+    """A machine; online while it spoke within 10 minutes."""
 
     client_id: str
     client_name: str
@@ -61,6 +62,9 @@ class Machines:
     async def set_draining(self, client_id: str, draining: bool) -> Machine:
         """Tells a client to finish what it holds and take nothing new, or to work again.
 
+        It may still get work for a moment after this has returned: it has drained when it holds no leases 5 seconds or
+        more after it was told to.
+
         Raises:
             NotFound: the organization has no such client.
             MusterError: it was refused, or did not succeed in time.
@@ -68,14 +72,25 @@ class Machines:
         request = client_pb2.SetClientDrainingRequest(client_id=client_id, draining=draining)
         return _machine((await self._transport.call(self._stub.SetClientDraining, request)).client)
 
-    async def declare_dead(self, client_id: str, instance_number: int) -> int:
+    async def declare_dead(
+        self, client_id: str, instance_number: int, *, reason: str, dry_run: bool = False, request_id: str = ""
+    ) -> int:
         """Frees the leases of an instance at once and returns how many they were.
+
+        Args:
+            client_id: The machine.
+            instance_number: The process on it.
+            reason: For the audit entry, 1 to 256 characters.
+            dry_run: Answer only.
+            request_id: To make it again after a lost answer, which might free what was leased since; empty makes a
+                fresh one.
 
         Raises:
             NotFound: the organization has no such client, or the client no such instance.
             MusterError: it was refused, or did not succeed in time.
         """
-        request = client_pb2.DeclareInstanceDeadRequest(client_id=client_id, instance_number=instance_number)
+        act = admin_pb2.Act(request_id=request_id or str(uuid.uuid4()), reason=reason, dry_run=dry_run)
+        request = client_pb2.DeclareInstanceDeadRequest(client_id=client_id, instance_number=instance_number, act=act)
         return (await self._transport.call(self._stub.DeclareInstanceDead, request)).released_leases
 
 
