@@ -146,10 +146,18 @@ async def test_the_leases_of_an_instance_that_fell_silent_are_freed_by_the_servi
 async def test_looking_for_silent_holders_does_not_read_all_who_ever_were(allocator: Allocator) -> None:
     await allocator.slot()
     await ask(allocator, identity("pc-1"))
+    organization_id = await allocator.service.organization_id()
     await allocator.sql(
         "INSERT INTO client_instances (organization_id, client_id, instance_number, user_folder_number, last_seen_at) "
         "SELECT $1, 'pod-' || n, 0, 0, now() - n * interval '2 minutes' FROM generate_series(1, 20000) n",
-        await allocator.service.organization_id(),
+        organization_id,
+    )
+    await allocator.sql(
+        "INSERT INTO leases (allocation_key, organization_id, lease_token, work_date, slot_id, client_id, "
+        "instance_number, granted_at, expires_at, renewable_until, sweep_at) "
+        "SELECT gen_random_uuid(), $1, gen_random_uuid(), now()::date, gen_random_uuid(), 'live-' || n, 0, now(), at, "
+        "at, at FROM generate_series(1, 20000) n, (SELECT now() + interval '1 hour' AS at) a",
+        organization_id,
     )
     await allocator.sql("ANALYZE client_instances, leases")
     statement = queries("allocator", "clients.sql")["silent_holders"]
