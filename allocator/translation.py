@@ -68,23 +68,6 @@ def act_of(checks: Checks, request: Any, principal: Principal, action: str) -> A
     )
 
 
-def deed_of(principal: Principal, action: str, request: Message, reason: str = "") -> Deed:
-    """Returns who does what, for the audit entry; '' when the method takes no reason."""
-    return Deed(principal.key_id, action, reason, requests.digest(request))
-
-
-def act_of(checks: Checks, request: Any, principal: Principal, action: str) -> Act:
-    """Checks the required field `act` of a request."""
-    if not request.HasField("act"):
-        checks.fail("act", "required")
-    reason = checks.text("act.reason", request.act.reason, min_length=1, max_length=256)
-    return Act(
-        request_id=checks.uuid("act.request_id", request.act.request_id),
-        deed=deed_of(principal, action, request, reason),
-        dry_run=request.act.dry_run,
-    )
-
-
 def client_identity(checks: Checks, owner: Any, context: Context) -> ClientIdentity:
     """Checks the required field `client` of a request; the peer's address stands in for a missing one."""
     if not owner.HasField("client"):
