@@ -118,11 +118,17 @@ class OrganizationIndex:
         """Clients that get nothing."""
         return self._basics.draining
 
-    def outdate(self) -> None:
-        """Notes that the database has more to offer, or less, than the index knows."""
+    def outdate(self, *, wake: bool = True) -> None:
+        """Notes that the database has more to offer, or less, than the index knows.
+
+        Args:
+            wake: Whether those who wait for work look at once. Not when units came back that could not be completed:
+                they would be tried, and come back, again and again.
+        """
         self._outdated = time.monotonic()
-        self.changed.set()
-        self.changed = asyncio.Event()
+        if wake:
+            self.changed.set()
+            self.changed = asyncio.Event()
 
     def begin_batch(self) -> None:
         """Begins to note what is proposed, of which the database does not know yet."""
@@ -385,10 +391,10 @@ class Availability:
             index = self._organizations[organization_id] = OrganizationIndex(organization_id, self._store)
         return index
 
-    def outdate(self, organization_id: UUID) -> None:
-        """Notes that an organization has more to offer, or less, than its index knows."""
+    def outdate(self, organization_id: UUID, *, wake: bool = True) -> None:
+        """Notes that an organization has more to offer, or less, than its index knows; `wake` as of the index."""
         if (index := self._organizations.get(organization_id)) is not None:
-            index.outdate()
+            index.outdate(wake=wake)
 
     async def close(self) -> None:
         """Ends what goes on behind the indexes."""

@@ -29,6 +29,7 @@ class PersonaPeer:
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
+        self.configured = peer.configured
         self._stub = peer.stub(checkout_pb2_grpc.CheckOutServiceStub) if peer.configured else None
 
     async def check_out(
