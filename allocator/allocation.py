@@ -15,6 +15,7 @@ from allocator.clients import ClientIdentity
 from allocator.dealing import Wish
 from allocator.metrics import BATCH_SECONDS, NO_WORK, UNITS
 from allocator.packages import Demand, Package, Pick, SimulatedUnit
+from services.call import current
 from services.coalesce import Coalescer
 from services.errors import DomainError, Overloaded
 
@@ -38,6 +39,8 @@ _LEAST_BESIDE_UNITS = 128
 _TRIES = 8
 # How often those who wait for work look again when nothing on this replica tells them to.
 _LOOK_SECONDS = 1.0
+# Before its caller's deadline a wait leaves the time for a last look and for the answer's way.
+_ANSWER_SECONDS = 0.5
 # Slots, and exits, that a batch takes its units from, and the most units that one gives it at a time. A very large
 # batch takes more from fewer: each update leaves a version of its row, which while an old snapshot is held nobody may
 # remove.
@@ -107,22 +110,34 @@ class Allocation:
     async def allocate(
         self, organization_id: UUID, client: ClientIdentity, demand: Demand, wait_seconds: float
     ) -> Outcome:
-        """Returns up to `demand.max_items` packages, or why there are none after `wait_seconds`.
+        """Returns up to `demand.max_items` packages, or why there are none.
+
+        Waits for work up to `wait_seconds`, but answers before the deadline of the call in hand.
 
         Raises:
             RequestIdReused: the request id stands for another request, or its leases have ended.
-            Overloaded: too many calls wait, or other replicas were faster every time.
+            Overloaded: to the end too many calls waited, other replicas were faster every time, or what a unit lacks
+                was not to be had for it, although its lease stands.
             DatabaseUnavailable: what may have been handed out is found again by its request id, or expires.
         """
         await self._clients.meet(organization_id, client)
         index = self._availability.of(organization_id)
-        until = time.monotonic() + wait_seconds
+        until = _end_of_wait(wait_seconds)
+        before: NoWork | None = None
         while True:
             changed = index.changed
-            outcome = await self._serve(organization_id, demand)
+            try:
+                outcome = await self._serve(organization_id, demand, before)
+            except Overloaded as error:
+                left = until - time.monotonic()
+                if left <= 0 or self._draining.is_set():
+                    raise
+                await asyncio.sleep(min(left, error.retry_after_seconds or _LOOK_SECONDS))
+                continue
             left = until - time.monotonic()
             if not isinstance(outcome, NoWork) or left <= 0 or self._draining.is_set():
                 break
+            before = outcome
             try:
                 await asyncio.wait_for(changed.wait(), min(left, _LOOK_SECONDS))
             except TimeoutError:
@@ -181,8 +196,14 @@ class Allocation:
         for queue in self._queues.values():
             await queue.close()
 
-    async def _serve(self, organization_id: UUID, demand: Demand) -> Outcome:
-        """Allocates, and once more from other slots for every kind of persona or exit that is not to be had."""
+    async def _serve(self, organization_id: UUID, demand: Demand, before: NoWork | None) -> Outcome:
+        """Allocates, and once more from other slots for every kind of persona or exit that is not to be had.
+
+        Args:
+            organization_id: The tenant.
+            demand: What is asked for.
+            before: Why there was nothing at the look before this one; None at the first look of a call.
+        """
         failing, sources = self._personas.failing(organization_id), self._external_exits.failing(organization_id)
         needs: frozenset[str] = frozenset()
         providers: frozenset[tuple[str, str]] = frozenset()
@@ -191,11 +212,14 @@ class Allocation:
             wish = Wish(demand.target, demand.region, needs | failing, providers | sources)
             outcome = await self._queue(organization_id).submit(_Attempt(demand, wish))
             if isinstance(outcome, NoWork):
-                if failing or sources:
-                    # Others failed for these a moment ago; before this caller hears so, they are tried for it.
-                    failing, sources = frozenset(), frozenset()
-                    continue
-                return missed or outcome
+                if not failing and not sources:
+                    return missed or outcome
+                if before is not None:
+                    # Who waits does not try again what failed a moment ago, or all who wait would do so all the time.
+                    return missed or before
+                # Others failed for these a moment ago; before this caller hears so, they are tried for it.
+                failing, sources = frozenset(), frozenset()
+                continue
             ready, without_exit = await self._external_exits.complete(organization_id, demand.request_id, outcome)
             if without_exit.providers:
                 self._reports.outdate(organization_id)
@@ -338,6 +362,16 @@ class Allocation:
 def _source(pick: Pick, wish: Wish) -> tuple[str, str]:
     """Returns the external provider of a pick, '' for none, and the region that would be asked of it."""
     return pick.slot_class.exit_provider, pick.slot_class.exit_region or wish.region
+
+
+def _end_of_wait(seconds: float) -> float:
+    """Returns until when a call may wait, by the clock of `time.monotonic`."""
+    until = time.monotonic() + seconds
+    try:
+        deadline = current().deadline
+    except LookupError:
+        return until
+    return until if deadline is None else min(until, deadline - _ANSWER_SECONDS)
 
 
 def _units(attempt: _Attempt) -> int:

@@ -118,10 +118,16 @@ class OrganizationIndex:
         """Clients that get nothing."""
         return self._basics.draining
 
-    def outdate(self) -> None:
-        """Notes that the database has more to offer, or less, than the index knows."""
+    def outdate(self, *, wake: bool = True) -> None:
+        """Notes that the database has more to offer, or less, than the index knows.
+
+        Args:
+            wake: Whether those who wait for work look at once. Not when units came back that could not be completed:
+                they would be tried, and come back, again and again.
+        """
         self._outdated = time.monotonic()
-        self.wake()
+        if wake:
+            self.wake()
 
     def wake(self) -> None:
         """Lets those who wait for work look again, which they do in the database; nobody else reads anew for it."""
@@ -389,10 +395,10 @@ class Availability:
             index = self._organizations[organization_id] = OrganizationIndex(organization_id, self._store)
         return index
 
-    def outdate(self, organization_id: UUID) -> None:
-        """Notes that an organization has more to offer, or less, than its index knows."""
+    def outdate(self, organization_id: UUID, *, wake: bool = True) -> None:
+        """Notes that an organization has more to offer, or less, than its index knows; `wake` as of the index."""
         if (index := self._organizations.get(organization_id)) is not None:
-            index.outdate()
+            index.outdate(wake=wake)
 
     def wake(self, organization_id: UUID) -> None:
         """Lets those who wait for an organization's work look again."""

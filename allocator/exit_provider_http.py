@@ -7,6 +7,7 @@ checked before they are believed. Anything else is a ProviderFault, never anothe
 from __future__ import annotations
 
 import ipaddress
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
@@ -14,7 +15,7 @@ import aiohttp
 from pydantic import AfterValidator, AwareDatetime, BaseModel, Field, StringConstraints, ValidationError
 
 from allocator.config import ExitProviderConfig
-from allocator.exit_providers import NoneFree, ProviderFault, RemoteExit
+from allocator.exit_providers import DemandRefused, NoneFree, ProviderFault, RemoteExit
 from allocator.exits import is_endpoint
 from services.config import read_secret
 from services.errors import first_line
@@ -23,9 +24,16 @@ PAGE = 1000
 # A page of 1,000 keys has some 60 KB.
 _ANSWER_BYTES = 256 * 1024
 _CONNECTIONS = 64
+# By how much the provider's clock may be behind ours.
+_SKEW = timedelta(seconds=60)
+# Refusals of our token or of this moment, and so of every demand.
+_REFUSES_ALL = (401, 408, 429)
 
 
 def _address(value: str) -> str:
+    # An IPv6 address may carry a scope, which may be any text, and names an interface that we do not have.
+    if "%" in value:
+        raise ValueError("has a scope")
     return str(ipaddress.ip_address(value))
 
 
@@ -78,7 +86,7 @@ class HttpExitProvider:
         )
 
     async def take(self, key: UUID, organization_id: UUID, region: str, duration_seconds: float) -> RemoteExit:
-        """Takes an exit under a key, or returns the one it has. Raises: ProviderFault, NoneFree."""
+        """Takes an exit under a key, or returns the one it has. Raises: ProviderFault, DemandRefused, NoneFree."""
         body = {
             "holder": self._holder,
             "organization": str(organization_id),
@@ -88,8 +96,16 @@ class HttpExitProvider:
         status, answer = await self._request("PUT", f"/v1/leases/{key}", json=body)
         if status == 409:
             raise NoneFree
+        if 400 <= status < 500 and status not in _REFUSES_ALL:
+            raise DemandRefused(f"status {status}")
         found = _parsed(_ExitAnswer, answer) if status in (200, 201) else _refused(status)
-        return RemoteExit(found.exit_ip, found.endpoint, found.region, found.expires_at)
+        if region and found.region not in ("", region):
+            raise ProviderFault(f"the exit is of region {found.region!r}, not {region!r}", lost=False)
+        # Counted from the time in the key, a UUIDv7: a repeat of the call gets the exit of the first one.
+        asked_at = datetime.fromtimestamp((key.int >> 80) / 1000, UTC)
+        if found.expires_at < asked_at + timedelta(seconds=duration_seconds) - _SKEW:
+            raise ProviderFault("the exit expires before the duration that was asked for", lost=False)
+        return RemoteExit(found.exit_ip, found.endpoint, found.region)
 
     async def give_back(self, key: UUID) -> None:
         """Gives the exit of a key back. Raises: ProviderFault."""

@@ -47,29 +47,50 @@ class ProviderFault(Exception):
         self.lost = lost
 
 
+class DemandRefused(ProviderFault):
+    """The provider refused what one demand asks for: nothing was taken, and another demand may well be served."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, lost=False)
+
+
 class NoneFree(Exception):
-    """The provider answered that it has no exit for the region."""
+    """The provider answered that it has no exit for the region: nothing was taken."""
 
 
 class ExitUnavailable(Exception):
-    """There is no external exit to be had now; the message says why."""
+    """There is no external exit to be had now.
+
+    Args:
+        message: Why, for people.
+        may_be_held: Whether the provider may hold one under the key nonetheless: a call was made, and no answer says
+            that nothing was taken.
+    """
+
+    def __init__(self, message: str, *, may_be_held: bool = False) -> None:
+        super().__init__(message)
+        self.may_be_held = may_be_held
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteExit:
-    """An exit that a provider gave: where to connect, the address that targets see, and until when it is ours."""
+    """An exit that a provider gave: where to connect, and the address that targets see."""
 
     exit_ip: str
     endpoint: str
     region: str
-    expires_at: datetime
 
 
 class ExitProvider(Protocol):
     """One provider's interface, one call a method. Raises: ProviderFault, by every method."""
 
     async def take(self, key: UUID, organization_id: UUID, region: str, duration_seconds: float) -> RemoteExit:
-        """Takes an exit of a region ('' for any) under a key, or returns the one it has already. Raises: NoneFree."""
+        """Takes an exit of a region ('' for any) under a key, or returns the one it has already.
+
+        Raises:
+            NoneFree: it has none.
+            DemandRefused: it gives none for what is asked.
+        """
 
     async def give_back(self, key: UUID) -> None:
         """Gives the exit of a key back; one that is not held is given back already."""
@@ -107,9 +128,14 @@ class Circuit:
         """Whether calls may be made."""
         return self._probe_at is None
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether no call may be made, and no probe is due either."""
+        return self._probe_at is not None and (self._probing or self._clock() < self._probe_at)
+
     def may_probe(self) -> bool:
         """Whether the caller is to probe; who is told so must say how it went, or `give_up`."""
-        if self._probe_at is None or self._probing or self._clock() < self._probe_at:
+        if self.is_closed or self.is_resting:
             return False
         self._probing = True
         return True
@@ -138,9 +164,9 @@ class GuardedProvider:
         circuit: Whether it is to be called.
 
     Attributes:
-        last_error: What went wrong with the last call that failed; '' when none did.
+        last_error: What went wrong with the last call that failed or was refused; '' when none was.
         answered_at: When the last call was answered, by this process's clock; None when none was.
-        available: Whether the last call was answered.
+        available: Whether the last call was answered, leaving out demands that were refused.
         held: Exits that it held for live leases of ours at the last reconciliation by this replica.
         orphans_released: Since this replica started.
     """
@@ -190,8 +216,12 @@ class GuardedProvider:
         await self._call("health", self._provider.health)
 
     def is_passed_over(self) -> bool:
-        """Whether it failed so often that it is not called now."""
+        """Whether it failed so often that it is not called now, but for a probe when that is due."""
         return not self._circuit.is_closed
+
+    def is_resting(self) -> bool:
+        """Whether it is passed over and not even probed now, so that whoever asks for an exit gets none."""
+        return self._circuit.is_resting
 
     async def close(self) -> None:
         """Closes connections."""
@@ -202,6 +232,7 @@ class GuardedProvider:
             if not await self._is_callable():
                 PROVIDER_CALLS.labels(self.name, name, "passed_over").inc()
                 raise ExitUnavailable(f"{self.name} is passed over since it failed: {self.last_error}")
+            tried = 0
             try:
                 async for attempt in AsyncRetrying(
                     stop=stop_after_attempt(tries),
@@ -209,14 +240,17 @@ class GuardedProvider:
                     retry=retry_if_exception(self._is_worth_a_retry),
                     reraise=True,
                 ):
+                    tried += 1
                     with attempt:
                         answer = await self._counted(call, name)
             except NoneFree:
                 PROVIDER_CALLS.labels(self.name, name, "none").inc()
-                raise ExitUnavailable(f"{self.name} has no exit free for the region") from None
+                # A try before, whose answer was lost, may take effect yet.
+                raise ExitUnavailable(f"{self.name} has no exit free for the region", may_be_held=tried > 1) from None
             except ProviderFault as error:
                 PROVIDER_CALLS.labels(self.name, name, "failed").inc()
-                raise ExitUnavailable(f"{self.name}: {error}") from error
+                refused = isinstance(error, DemandRefused)
+                raise ExitUnavailable(f"{self.name}: {error}", may_be_held=tried > 1 or not refused) from error
             PROVIDER_CALLS.labels(self.name, name, "answered").inc()
             return answer
 
@@ -254,6 +288,9 @@ class GuardedProvider:
         self.available, self.answered_at = True, datetime.now(UTC)
 
     def _note_fault(self, error: ProviderFault, name: str) -> None:
-        self._circuit.failed()
-        self.available, self.last_error = False, f"{name}: {error}"
+        # What is refused to one demand says nothing of the others', and the circuit is that of all tenants.
+        if not isinstance(error, DemandRefused):
+            self._circuit.failed()
+            self.available = False
+        self.last_error = f"{name}: {error}"
         _log.warning("a provider of external exits failed", provider=self.name, call=name, error=str(error))

@@ -4,6 +4,9 @@
                        └──fails──> unit withdrawn, EXIT_UNAVAILABLE
     lease ends ──same transaction──> release waits ──DELETE, at least once──> forgotten
 
+A unit that is withdrawn leaves a release only if its provider may hold an exit for it: not when no call was made, and
+not when the answer says that nothing was taken.
+
 If this process ends anywhere in between, the lease's end or a repeat of the request mends it; what a provider holds
 without a lease here is found by the reconciliation.
 """
@@ -33,6 +36,8 @@ _log = structlog.get_logger("allocator.external_exits")
 
 # A provider and the region asked of it, '' for any.
 Source = tuple[str, str]
+# What came of a package: its exit, or why it has none.
+_Taken = RemoteExit | ExitUnavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,9 @@ class ExternalExits:
         self._failures: Failures[Source] = Failures()
 
     def failing(self, organization_id: UUID) -> frozenset[Source]:
-        """Returns the sources that had no exit a moment ago."""
-        return self._failures.avoided(organization_id)
+        """Returns the sources that had no exit a moment ago, or lately, if their provider would not be called now."""
+        out_of_use = (source for source in self._failures.told(organization_id) if self._is_out_of_use(source[0]))
+        return self._failures.avoided(organization_id).union(out_of_use)
 
     def unavailable(self, organization_id: UUID, sources: Iterable[Source]) -> frozenset[Source]:
         """Returns those of some sources that give no exit, as far as this replica has tried within a minute.
@@ -87,16 +93,17 @@ class ExternalExits:
     ) -> tuple[list[Package], Failed]:
         """Returns the packages with their external exits; those that get none are withdrawn, and `Failed` says why.
 
-        A package of a repeated request may have been told of before: its lease stands even if its provider does not
-        answer now, since somebody may be at work with it. Packages that need no external exit pass.
+        A package of a repeated request may have been told of before, or be completed by another call at this moment:
+        its lease stands even if its provider does not answer this one, since somebody may be at work with it. Packages
+        that need no external exit pass.
 
         Args:
             organization_id: The tenant.
-            request_id: Is forgotten if no package is left, so that the demand can be served otherwise.
+            request_id: Is forgotten if none of its leases is left, so that the demand can be served otherwise.
             packages: Of one request.
 
         Raises:
-            Overloaded: all that is left stands and lacks its exit; a retry of the request completes it.
+            Overloaded: all that is left stands and lacks its exit here; a retry of the request completes it.
             DatabaseUnavailable: a retry completes the packages.
         """
         lacking = [package for package in packages if lacks_exit(package)]
@@ -108,51 +115,63 @@ class ExternalExits:
         given = [
             (package.key, package.exit_provider, remote.exit_ip)
             for package in lacking
-            if (remote := taken[package.key]) is not None
+            if isinstance(remote := taken[package.key], RemoteExit)
         ]
         noted = await self._store.attach(organization_id, given) if given else set()
         ready = []
         for package in packages:
-            remote = taken.get(package.key)
-            if package.key not in taken:
+            found = taken.get(package.key)
+            if found is None:
                 ready.append(package)
-            elif remote is not None and package.key in noted:
+            elif isinstance(found, RemoteExit) and package.key in noted:
                 assigned = AssignedExit(
-                    None, remote.endpoint, remote.region, provider=package.exit_provider, exit_ip=remote.exit_ip
+                    None, found.endpoint, found.region, provider=package.exit_provider, exit_ip=found.exit_ip
                 )
                 ready.append(replace(package, exit=assigned))
         unmet = [package for package in lacking if package.key not in noted]
-        # An exit that was noted before is on a package that may have been told.
-        standing = [package for package in unmet if package.exit is not None]
-        withdrawn = [package for package in unmet if package.exit is None]
-        if withdrawn:
-            forget = None if ready or standing else request_id
-            await self._leases.withdraw(organization_id, [package.key for package in withdrawn], forget)
-            self._availability.outdate(organization_id)
-        if standing and not ready:
+        withdrawn = await self._withdraw(organization_id, request_id, unmet, taken)
+        if len(withdrawn) < len(unmet) and not ready:
             raise Overloaded(
-                "the provider of the exits does not answer; the leases stand: repeat the request",
+                "no exit was to be had for units whose leases stand: repeat the request",
                 retry_after_seconds=1.0,
-                queue=standing[0].exit_provider,
+                queue=unmet[0].exit_provider,
             )
         sources = frozenset((package.exit_provider, package.exit_region) for package in withdrawn)
         self._failures.failed(organization_id, sources)
         return ready, Failed(sources, _UNAVAILABLE)
 
-    async def _take(self, organization_id: UUID, packages: Sequence[Package]) -> list[RemoteExit | None]:
+    async def _withdraw(
+        self, organization_id: UUID, request_id: UUID, unmet: Sequence[Package], taken: Mapping[UUID, _Taken]
+    ) -> list[Package]:
+        """Takes units back that got no exit, but for those that may have been told of; returns what is gone."""
+        # An exit that was noted before is on a package that may have been told.
+        fresh = [package for package in unmet if package.exit is None]
+        if not fresh:
+            return []
+        failures = {package.key: taken[package.key] for package in fresh}
+        held = [key for key, why in failures.items() if isinstance(why, ExitUnavailable) and why.may_be_held]
+        standing = await self._leases.withdraw(organization_id, request_id, list(failures), exits=held)
+        self._availability.outdate(organization_id, wake=False)
+        return [package for package in fresh if package.key not in standing]
+
+    async def _take(self, organization_id: UUID, packages: Sequence[Package]) -> list[_Taken]:
         """Takes an exit for each package at once; each provider bounds how many calls are made together."""
         return await asyncio.gather(*(self._one(organization_id, package) for package in packages))
 
-    async def _one(self, organization_id: UUID, package: Package) -> RemoteExit | None:
+    async def _one(self, organization_id: UUID, package: Package) -> _Taken:
         provider = self._providers.get(package.exit_provider)
         if provider is None:
             _log.warning("a slot asks for a provider of exits that is not configured", provider=package.exit_provider)
-            return None
+            return ExitUnavailable("the provider is not configured")
         try:
             return await provider.take(package.key, organization_id, package.exit_region, self._duration_seconds)
-        except ExitUnavailable:
+        except ExitUnavailable as error:
             # It was logged and counted where it failed.
-            return None
+            return error
+
+    def _is_out_of_use(self, name: str) -> bool:
+        provider = self._providers.get(name)
+        return provider is None or provider.is_resting()
 
     def _is_asked(self, name: str) -> bool:
         provider = self._providers.get(name)

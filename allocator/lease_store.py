@@ -1,13 +1,13 @@
 """Leases in the database.
 
 Every method is one transaction and bound to one organization. Rows are locked in the order leases, work_allocations,
-daily_work_tracking, exits, each by key. Raises: DatabaseUnavailable, by every method.
+targets, daily_work_tracking, exits, each by key. Raises: DatabaseUnavailable, by every method.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from services.postgres import Connection
 
 _SQL = queries("allocator", "leases.sql")
+
+# A check-out whose answer did not come has taken effect by then, or never will.
+_LATE_CHECK_IN_SECONDS = 30.0
 
 Day = tuple[date, UUID]
 
@@ -124,33 +127,36 @@ class LeaseStore(Store):
 
         return await self.atomically(work)
 
-    async def withdraw(self, organization_id: UUID, keys: Sequence[UUID], forget: UUID | None) -> int:
-        """Takes back leases that nobody was told of, as if they had never been granted; returns how many.
+    async def withdraw(
+        self,
+        organization_id: UUID,
+        request_id: UUID,
+        keys: Sequence[UUID],
+        *,
+        exits: Collection[UUID] = (),
+        personas: Collection[UUID] = (),
+    ) -> set[UUID]:
+        """Takes back leases that nobody was told of, as if they had never been granted; returns those that stand.
 
-        They leave no row in work_allocations: while no persona is idle, every call of a waiting fleet would add some.
+        A unit is told of once it is complete. So one that is complete by now stands: a repeat of the request has
+        completed it meanwhile. The others leave no row in work_allocations: while no persona is idle, every call of a
+        waiting fleet would add some.
 
         Args:
             organization_id: The tenant.
+            request_id: Of their request, which is forgotten if none of its leases is left.
             keys: The leases.
-            forget: The id of their request, which is forgotten too if it is left with none; None to keep it.
+            exits: Those of them for which a provider may hold an exit that is not noted on the lease.
+            personas: Those of them under which a persona may be checked out, now or in a moment.
         """
 
-        async def work(connection: Connection) -> int:
-            if forget is not None:
-                await connection.execute(_SQL["forget_request"], organization_id, forget)
+        async def work(connection: Connection) -> set[UUID]:
             held = await lock_leases(connection, organization_id, keys)
-            units = Counter((lease.work_date, lease.slot_id) for lease in held.values())
-            days = sorted(units)
-            await connection.execute(
-                _SQL["withdraw_units"],
-                organization_id,
-                [day for day, _ in days],
-                [slot for _, slot in days],
-                [units[day] for day in days],
-            )
-            await return_uses(connection, organization_id, list(held.values()))
-            await connection.execute(_SQL["withdraw_leases"], organization_id, list(held))
-            return len(held)
+            standing = {key for key, lease in held.items() if _is_complete(lease)}
+            if gone := [lease for key, lease in held.items() if key not in standing]:
+                await _withdraw(connection, organization_id, gone, exits, personas)
+            await connection.execute(_SQL["forget_request"], organization_id, request_id)
+            return standing
 
         return await self.atomically(work)
 
@@ -252,6 +258,43 @@ async def give_back(connection: Connection, organization_id: UUID, leases: Seque
     await count_ends(connection, organization_id, moves)
     await return_uses(connection, organization_id, leases)
     await end_leases(connection, organization_id, [Ending(lease, status) for lease in leases])
+
+
+def _is_complete(lease: HeldLease) -> bool:
+    """Whether a lease has the external exit and the persona that its unit needs."""
+    has_exit = not lease.exit_provider or bool(lease.exit_ip)
+    return has_exit and (not lease.needs_persona or lease.persona_id is not None)
+
+
+async def _withdraw(
+    connection: Connection,
+    organization_id: UUID,
+    leases: Sequence[HeldLease],
+    exits: Collection[UUID],
+    personas: Collection[UUID],
+) -> None:
+    """Takes back locked leases: targets, days and exits are as if they had never been granted."""
+    # Units of one request went out at the same moment.
+    targets = {lease.target or f"slot:{lease.slot_id}": lease.granted_at for lease in leases}
+    await connection.execute(_SQL["withdraw_delays"], organization_id, list(targets), list(targets.values()))
+    units = Counter((lease.work_date, lease.slot_id) for lease in leases)
+    days = sorted(units)
+    await connection.execute(
+        _SQL["withdraw_units"],
+        organization_id,
+        [day for day, _ in days],
+        [slot for _, slot in days],
+        [units[day] for day in days],
+    )
+    await return_uses(connection, organization_id, leases)
+    await connection.execute(
+        _SQL["withdraw_leases"],
+        organization_id,
+        [lease.allocation_key for lease in leases],
+        list(exits),
+        list(personas),
+        _LATE_CHECK_IN_SECONDS,
+    )
 
 
 async def return_uses(connection: Connection, organization_id: UUID, leases: Sequence[HeldLease]) -> None:

@@ -15,6 +15,7 @@ from allocator.leases import PersonaUse
 from allocator.packages import AssignedPersona, Package
 from allocator.slots import PersonaNeed
 from services.coalesce import Coalescer
+from services.errors import Overloaded
 
 if TYPE_CHECKING:
     from allocator.allocation_store import AllocationStore
@@ -102,14 +103,16 @@ class Personas:
     ) -> tuple[list[Package], Failed]:
         """Returns the packages with their personas; those that get none are withdrawn, and `Failed` says why.
 
-        If the process ends in between, a retry of the request completes the packages, or their leases expire.
+        If the process ends in between, a retry of the request completes the packages, or their leases expire. The lease
+        of one that another call of the same request completes at this moment stands.
 
         Args:
             organization_id: The tenant.
-            request_id: Is forgotten if no package is left, so that the demand can be served otherwise.
+            request_id: Is forgotten if none of its leases is left, so that the demand can be served otherwise.
             packages: Of one request.
 
         Raises:
+            Overloaded: all that is left stands and lacks its persona here; a retry of the request completes it.
             DatabaseUnavailable: a retry completes the packages.
         """
         lacking = [package for package in packages if not package.is_complete]
@@ -124,18 +127,25 @@ class Personas:
             elif answer is None:
                 ready.append(package)
         unmet = [package for package in lacking if not isinstance(answers[package.key], AssignedPersona)]
-        kinds = {answers[package.key] for package in unmet}
-        away = BlockerKind.PERSONA_STORE_UNAVAILABLE in kinds
-        needs = {_ALL} if away else {package.need.to_json() for package in unmet if package.need}
+        # Of those that the store did not answer it may hold check-outs, or make them yet.
+        unsure = [package.key for package in unmet if answers[package.key] is BlockerKind.PERSONA_STORE_UNAVAILABLE]
         met = (p.need.to_json() for p in lacking if p.need and isinstance(answers[p.key], AssignedPersona))
-        self._failures.succeeded(organization_id, met if away else itertools.chain(met, (_ALL,)))
-        if unmet:
-            await self._leases.withdraw(
-                organization_id, [package.key for package in unmet], None if ready else request_id
+        self._failures.succeeded(organization_id, met if unsure else itertools.chain(met, (_ALL,)))
+        if not unmet:
+            return ready, _NONE_FAILED
+        keys = [package.key for package in unmet]
+        held = unsure if self._peer.is_configured else ()
+        standing = await self._leases.withdraw(organization_id, request_id, keys, personas=held)
+        self._availability.outdate(organization_id, wake=False)
+        if standing and not ready:
+            raise Overloaded(
+                "no persona was to be had for units whose leases stand: repeat the request",
+                retry_after_seconds=1.0,
+                queue="personas",
             )
-            self._availability.outdate(organization_id)
-            self._failures.failed(organization_id, needs)
-        return ready, Failed(frozenset(needs), _UNAVAILABLE if away else _NO_MATCH)
+        needs = {_ALL} if unsure else {package.need.to_json() for package in unmet if package.need}
+        self._failures.failed(organization_id, needs)
+        return ready, Failed(frozenset(needs), _UNAVAILABLE if unsure else _NO_MATCH)
 
     async def close(self) -> None:
         """Waits for what was begun."""

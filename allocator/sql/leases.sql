@@ -1,5 +1,6 @@
 -- How leases live and end. All are bound to one organization. Rows are locked in the order leases (by key),
--- work_allocations (by key), daily_work_tracking (by day and slot), exits (by id), by every transaction.
+-- work_allocations (by key), targets (by name), daily_work_tracking (by day and slot), exits (by id), by every
+-- transaction.
 -- A lease is looked up by its key, however few there were when the plan was made: IS TRUE keeps the planner off the
 -- indexes that begin with the organization, and = ANY (ARRAY[key]) from joining all leases.
 
@@ -155,17 +156,41 @@ WITH asked AS (
 SELECT statement_timestamp() AS ended_at;
 
 -- name: withdraw_leases
--- Deletes locked leases that nobody was told of, without a trace but for the check-in of a persona and the release of an
--- external exit that may have been taken. $1 organization, $2 keys. Index: primary key.
+-- Deletes locked leases that nobody was told of, without a trace but for the release of an external exit and the
+-- check-in of a persona that are held for them, or may be. A check-out that went unanswered may take effect after the
+-- check-in that goes out at once, so another follows. $1 organization, $2 keys, $3 those for which an exit may be held,
+-- $4 those for which a persona may be, $5 after how many seconds the other check-in follows. Index: primary key.
 WITH gone AS (
   DELETE FROM leases WHERE (organization_id = $1) IS TRUE AND allocation_key = ANY ($2::uuid[])
-  RETURNING organization_id, allocation_key, persona_need, exit_provider
+  RETURNING organization_id, allocation_key, persona_id, exit_provider, exit_ip
 ), released AS (
   INSERT INTO exit_releases (organization_id, provider, allocation_key)
-  SELECT organization_id, exit_provider, allocation_key FROM gone WHERE exit_provider <> ''
+  SELECT organization_id, exit_provider, allocation_key FROM gone
+  WHERE exit_ip <> '' OR (exit_provider <> '' AND allocation_key = ANY ($3::uuid[]))
 )
-INSERT INTO outbox (organization_id, holder, outcome)
-SELECT organization_id, allocation_key, 1 FROM gone WHERE persona_need IS NOT NULL;
+INSERT INTO outbox (organization_id, holder, outcome, due_at)
+SELECT g.organization_id, g.allocation_key, 1, now() + d.seconds * interval '1 second'
+FROM gone g
+CROSS JOIN LATERAL (SELECT g.allocation_key = ANY ($4::uuid[]) AS may_be_held) m
+CROSS JOIN LATERAL (VALUES (0), ($5::float8)) AS d (seconds)
+WHERE m.may_be_held OR (g.persona_id IS NOT NULL AND d.seconds = 0);
+
+-- name: withdraw_delays
+-- Lets the next unit of a target go out at once if the one that it waits for is withdrawn. Units of a target with a
+-- delay go out at least that long apart, so next_at is the withdrawn one's if it lies less than two delays after its
+-- grant. $1 organization, $2 targets, $3 when their units went out. Index: primary key.
+WITH withdrawn AS MATERIALIZED (
+  SELECT t.target
+  FROM unnest($2::text[], $3::timestamptz[]) AS u (target, granted_at)
+  JOIN targets t ON t.organization_id = $1 AND t.target = u.target
+  WHERE t.next_at > statement_timestamp()
+    AND t.next_at < u.granted_at + 2 * greatest(t.min_delay_ms, t.crawl_delay_ms) * interval '1 millisecond'
+  ORDER BY t.target
+  FOR UPDATE OF t
+)
+UPDATE targets t SET next_at = statement_timestamp()
+FROM withdrawn w
+WHERE t.organization_id = $1 AND t.target = w.target;
 
 -- name: withdraw_units
 -- Takes back what was counted for leases that nobody was told of. $1 organization, $2 days, $3 slots, $4 units.
@@ -189,5 +214,10 @@ WHERE t.organization_id = $1 AND t.work_date = w.work_date AND t.slot_id = w.slo
 INSERT INTO outbox (organization_id, holder, outcome) SELECT $1, holder, 1 FROM unnest($2::uuid[]) AS u (holder);
 
 -- name: forget_request
--- A request whose every lease was given back before anybody heard of it. $1 organization, $2 id. Index: primary key.
-DELETE FROM requests WHERE organization_id = $1 AND method = 'AllocateWork' AND request_id = $2;
+-- A request none of whose leases is left, so that its demand can be served otherwise. Locks it last, as an allocation
+-- does. $1 organization, $2 id. Index: primary keys.
+DELETE FROM requests r
+WHERE r.organization_id = $1 AND r.method = 'AllocateWork' AND r.request_id = $2 AND NOT EXISTS (
+  SELECT FROM generate_series(1, length(r.answer), 16) AS k (at)
+  JOIN leases l ON (l.organization_id = $1) IS TRUE
+    AND l.allocation_key = ANY (ARRAY[encode(substr(r.answer, k.at, 16), 'hex')::uuid]));

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -141,6 +142,38 @@ async def test_a_wrong_token_is_a_fault_and_a_missing_one_stops_the_start(
         HttpExitProvider(config.model_copy(update={"token_file": tmp_path / "missing"}))
 
 
+async def test_an_exit_that_is_not_as_asked_is_a_fault(adapter: HttpExitProvider, server: ProviderServer) -> None:
+    asked, now = uuids.uuid7(), datetime.now(UTC)
+
+    async def take(region: str, region_given: str, ends_in: float, key: UUID = asked) -> None:
+        ends = (now + timedelta(seconds=ends_in)).isoformat()
+        exit_ = {"exit_ip": "203.0.113.1", "endpoint": "http://h:1", "region": region_given, "expires_at": ends}
+        server.answers.append(exit_)
+        await adapter.take(key, ORGANIZATION, region, 3600.0)
+
+    with pytest.raises(ProviderFault, match="expires before") as caught:
+        await take("kr", "kr", 3500)
+    assert not caught.value.lost
+    with pytest.raises(ProviderFault, match="of region 'us', not 'kr'") as caught:
+        await take("kr", "us", 3600)
+    assert not caught.value.lost
+    # A clock that is a little behind, a region that is not told, and any region where none was asked for will do.
+    await take("kr", "kr", 3570)
+    await take("kr", "", 3600)
+    await take("", "us", 3600)
+    # A repeat after half an hour gets what was taken then.
+    long_ago = UUID(int=asked.int - (1800 * 1000 << 80))
+    await take("kr", "kr", 1800, long_ago)
+
+
+@pytest.mark.parametrize("address", ["fe80::1%eth0", "fe80::1%\0", "203.0.113.1%1"])
+async def test_an_address_has_no_scope(adapter: HttpExitProvider, server: ProviderServer, address: str) -> None:
+    ends = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    server.answers.append({"exit_ip": address, "endpoint": "http://h:1", "region": "", "expires_at": ends})
+    with pytest.raises(ProviderFault, match="exit_ip"):
+        await adapter.take(uuids.uuid7(), ORGANIZATION, "", 60.0)
+
+
 @pytest.mark.parametrize("url", ["exits.example", "ftp://exits.example", "http://user:secret@host/", "http://h/?a=b"])
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValidationError):
@@ -175,7 +208,7 @@ async def test_retries_are_bounded(guarded: GuardedProvider, server: ProviderSer
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault.REFUSED, Fault.GARBAGE, Fault.SCHEMA, Fault.LONG], ids=lambda fault: fault.name
+    "fault", [Fault.REFUSED, Fault.GARBAGE, Fault.SCHEMA, Fault.LONG, Fault.EARLY], ids=lambda fault: fault.name
 )
 async def test_what_will_not_get_better_is_not_repeated(
     guarded: GuardedProvider, server: ProviderServer, fault: Fault
@@ -198,6 +231,76 @@ async def test_to_have_none_free_is_an_answer_and_no_failure(
     assert server.counted("PUT") == 11
     assert guarded.available
     assert not guarded.is_passed_over()
+
+
+async def test_a_demand_that_is_refused_says_nothing_of_the_others(
+    guarded: GuardedProvider, server: ProviderServer
+) -> None:
+    await guarded.take(uuids.uuid7(), ORGANIZATION, "", 60.0)
+    server.always = Fault.REFUSED
+    for _ in range(10):
+        with pytest.raises(ExitUnavailable, match="status 403"):
+            await guarded.take(uuids.uuid7(), ORGANIZATION, "nowhere", 60.0)
+    assert not guarded.is_passed_over()
+    assert (guarded.available, guarded.last_error) == (True, "take: status 403")
+    # A refusal of the rest is one of us, and so is that of our token.
+    for _ in range(5):
+        with pytest.raises(ExitUnavailable):
+            await guarded.health()
+    assert guarded.is_passed_over()
+
+
+async def test_a_refused_token_passes_the_provider_over(
+    config: ExitProviderConfig, server: ProviderServer, tmp_path: Path, clock: Clock
+) -> None:
+    (tmp_path / "other").write_text("another")
+    adapter = HttpExitProvider(config.model_copy(update={"token_file": tmp_path / "other"}))
+    stranger = GuardedProvider("vpn", adapter, Circuit(3.0, clock))
+    for _ in range(5):
+        with pytest.raises(ExitUnavailable, match="status 401"):
+            await stranger.take(uuids.uuid7(), ORGANIZATION, "", 60.0)
+    assert stranger.is_passed_over()
+    await stranger.close()
+
+
+@pytest.mark.parametrize(
+    ("faults", "may_be_held"),
+    [
+        ([Fault.NONE_FREE], False),
+        ([Fault.REFUSED], False),
+        ([Fault.CUT, Fault.NONE_FREE], True),
+        ([Fault.CUT, Fault.REFUSED], True),
+        ([Fault.GARBAGE], True),
+        ([Fault.EARLY], True),
+        ([Fault.BROKEN] * 3, True),
+    ],
+    ids=lambda value: "-".join(fault.name for fault in value) if isinstance(value, list) else str(value),
+)
+async def test_a_failure_says_whether_an_exit_may_be_held(
+    guarded: GuardedProvider, server: ProviderServer, faults: list[Fault], may_be_held: bool
+) -> None:
+    server.faults.extend(faults)
+    with pytest.raises(ExitUnavailable) as caught:
+        await guarded.take(uuids.uuid7(), ORGANIZATION, "", 60.0)
+    assert caught.value.may_be_held == may_be_held
+    assert not server.faults
+
+
+async def test_a_provider_that_is_passed_over_rests_until_a_probe_is_due(
+    guarded: GuardedProvider, server: ProviderServer, clock: Clock
+) -> None:
+    assert not guarded.is_resting()
+    server.always = Fault.BROKEN
+    for _ in range(5):
+        with pytest.raises(ExitUnavailable):
+            await guarded.take(uuids.uuid7(), ORGANIZATION, "", 60.0)
+    assert guarded.is_resting()
+    with pytest.raises(ExitUnavailable, match="passed over") as caught:
+        await guarded.take(uuids.uuid7(), ORGANIZATION, "", 60.0)
+    assert not caught.value.may_be_held
+    clock.now = 4.0
+    assert not guarded.is_resting()
+    assert guarded.is_passed_over()
 
 
 async def test_a_failing_provider_is_passed_over_and_probed_by_one_call(
@@ -231,7 +334,7 @@ async def test_a_failing_provider_is_passed_over_and_probed_by_one_call(
 async def test_a_probe_that_is_cancelled_leaves_the_next_to_another(
     guarded: GuardedProvider, server: ProviderServer, clock: Clock
 ) -> None:
-    server.always = Fault.REFUSED
+    server.always = Fault.BROKEN
     for _ in range(5):
         with pytest.raises(ExitUnavailable):
             await guarded.take(uuids.uuid7(), ORGANIZATION, "", 60.0)

@@ -12,9 +12,11 @@ from uuid import UUID
 import grpc
 import pytest
 import uuid_utils.compat as uuids
+from google.protobuf.duration_pb2 import Duration
 from muster.allocator.v1 import exit_pb2, work_pb2
 from prometheus_client import REGISTRY
 
+from allocator import external_exits
 from tests.support.allocator import Allocator, lease, result, until
 from tests.support.exit_provider import TOKEN, Fault, ProviderServer
 from tests.support.services import StartService
@@ -22,6 +24,8 @@ from tests.support.services import StartService
 Start = Callable[..., Awaitable[Allocator]]
 
 EXIT_UNAVAILABLE = work_pb2.BLOCKER_KIND_EXIT_UNAVAILABLE
+# Nothing but allocation calls the provider, and what is passed over stays so.
+ALONE = {"reconcile_seconds": 60, "grace_seconds": 60.0, "pause_seconds": 60}
 
 
 @pytest.fixture
@@ -35,12 +39,12 @@ def start(start_service: StartService, server: ProviderServer, tmp_path: Path) -
     """Starts allocators that know the provider as "vpn", with everything that has a pace made fast."""
     (tmp_path / "token").write_text(TOKEN)
 
-    async def start(database: str | None = None, **tables: Any) -> Allocator:
+    async def start(database: str | None = None, timeout_seconds: float = 0.3, **tables: Any) -> Allocator:
         provider = {
             "url": server.url,
             "token_file": tmp_path / "token",
             "holder": "muster-test",
-            "timeout_seconds": 0.3,
+            "timeout_seconds": timeout_seconds,
         }
         given: dict[str, Any] = {
             "leases": {"sweep_seconds": 0.02},
@@ -71,6 +75,23 @@ async def state(allocator: Allocator) -> exit_pb2.ExitProviderState:
     response = await allocator.exits.ListExitProviders(exit_pb2.ListExitProvidersRequest(), metadata=allocator.operator)
     (provider,) = response.providers
     return provider
+
+
+def calls(call: str, outcome: str) -> float:
+    """Returns how many calls had this outcome, in this process."""
+    labels = {"provider": "vpn", "call": call, "outcome": outcome}
+    return REGISTRY.get_sample_value("muster_allocator_exit_provider_calls_total", labels) or 0.0
+
+
+async def passed_over(server: ProviderServer) -> None:
+    """Lets the provider fail, without an exit being asked for, until it is passed over; the reconciliation is fast."""
+    before = calls("health", "passed_over")
+    server.always = Fault.BROKEN
+
+    async def is_passed_over() -> bool:
+        return calls("health", "passed_over") > before
+
+    await until(is_passed_over)
 
 
 async def settled(allocator: Allocator, server: ProviderServer) -> None:
@@ -242,6 +263,155 @@ async def test_a_retry_of_the_request_gets_the_same_exit(allocator: Allocator, s
     await settled(allocator, server)
 
 
+async def test_a_wait_goes_on_while_a_lease_that_stands_gets_no_exit(
+    allocator: Allocator, server: ProviderServer
+) -> None:
+    await vpn_slot(allocator)
+    request_id = str(uuids.uuid4())
+    (first,) = (await allocator.ask(request_id=request_id)).allocations
+    server.victims = {"PUT"}
+    server.faults.extend([Fault.BROKEN] * 3)
+    (again,) = (await allocator.ask(request_id=request_id, wait=Duration(seconds=20))).allocations
+    assert (again.allocation_key, again.exit.endpoint) == (first.allocation_key, first.exit.endpoint)
+    assert not server.faults
+
+
+async def test_a_unit_that_a_repeat_of_the_request_completed_stands(start: Start, server: ProviderServer) -> None:
+    allocator = await start(timeout_seconds=10)
+    await vpn_slot(allocator)
+    server.victims = {"PUT"}
+    server.faults.append(Fault.NONE_FREE)
+    server.gate = gate = asyncio.Event()
+    request_id = str(uuids.uuid4())
+    first = asyncio.ensure_future(allocator.ask(request_id=request_id))
+
+    async def taking() -> bool:
+        return server.counted("PUT") > 0
+
+    await until(taking)
+    server.gate = None
+    (unit,) = (await allocator.ask(request_id=request_id)).allocations
+    gate.set()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await first
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    (again,) = (await allocator.ask(request_id=request_id)).allocations
+    assert again.allocation_key == unit.allocation_key
+    (submitted,) = await allocator.submit(result(unit))
+    assert submitted.disposition == work_pb2.RESULT_DISPOSITION_RECORDED
+    await settled(allocator, server)
+    assert server.leases == {}
+
+
+async def test_who_waits_does_not_ask_for_an_exit_all_the_time(start: Start, server: ProviderServer) -> None:
+    allocator = await start(external_exits=ALONE)
+    await vpn_slot(allocator)
+    server.always = Fault.NONE_FREE
+    answer = await allocator.ask(wait=Duration(seconds=3))
+    assert answer.no_work.blocker == EXIT_UNAVAILABLE
+    # About once a second.
+    assert 2 <= server.counted("PUT") <= 5
+
+
+async def test_what_was_never_taken_is_not_given_back(start: Start, server: ProviderServer) -> None:
+    allocator = await start(external_exits=ALONE)
+    await vpn_slot(allocator)
+    server.always = Fault.NONE_FREE
+    for _ in range(10):
+        assert (await allocator.ask(3)).no_work.blocker == EXIT_UNAVAILABLE
+    assert server.counted("PUT") >= 10
+    assert await allocator.sql("SELECT FROM exit_releases") == []
+    assert server.counted("DELETE") == 0
+
+
+async def test_what_a_provider_was_not_asked_for_is_not_given_back(start: Start, server: ProviderServer) -> None:
+    allocator = await start(external_exits={**ALONE, "reconcile_seconds": 0.05})
+    await vpn_slot(allocator)
+    await passed_over(server)
+    before = calls("take", "passed_over")
+    for _ in range(10):
+        assert (await allocator.ask(3)).no_work.blocker == EXIT_UNAVAILABLE
+    assert calls("take", "passed_over") > before
+    assert (server.counted("PUT"), server.counted("DELETE")) == (0, 0)
+    assert await allocator.sql("SELECT FROM exit_releases") == []
+    assert await allocator.sql("SELECT FROM leases") == []
+
+
+async def test_the_units_of_a_provider_that_is_passed_over_go_last(
+    start: Start, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else it would for this long in any case.
+    monkeypatch.setattr(external_exits, "_FAILING_SECONDS", 0.0)
+    allocator = await start(external_exits={**ALONE, "reconcile_seconds": 0.05})
+    await vpn_slot(allocator, priority=10)
+    await allocator.slot(keyword="pooled", without_exit=False)
+    await allocator.add_exits(1)
+    await passed_over(server)
+    before = calls("take", "passed_over")
+    for _ in range(5):
+        (unit,) = await allocator.take()
+        assert unit.keyword == "pooled"
+    assert calls("take", "passed_over") == before + 1
+
+
+async def test_an_exit_that_is_not_as_asked_is_given_back(start: Start, server: ProviderServer) -> None:
+    allocator = await start(external_exits=ALONE)
+    await vpn_slot(allocator)
+    server.victims = {"PUT"}
+    server.faults.append(Fault.EARLY)
+    assert (await allocator.ask()).no_work.blocker == EXIT_UNAVAILABLE
+    assert server.taken == 1
+    await settled(allocator, server)
+    assert server.leases == {}
+
+
+async def with_delay(allocator: Allocator) -> None:
+    """Makes a slot of the provider, of one unit, and one of the pool, both of a target that takes one unit a minute."""
+    await allocator.sql(
+        "INSERT INTO targets (organization_id, target, min_delay_ms) VALUES ($1, 'shop', 60000)",
+        await allocator.service.organization_id(),
+    )
+    await vpn_slot(allocator, target="shop", priority=10, daily_quota=1)
+    await allocator.slot(keyword="pooled", target="shop", without_exit=False)
+    await allocator.add_exits(1)
+
+
+async def test_a_unit_that_is_withdrawn_leaves_its_targets_turn_to_another(
+    start: Start, server: ProviderServer
+) -> None:
+    allocator = await start(external_exits=ALONE)
+    await with_delay(allocator)
+    server.always = Fault.NONE_FREE
+    (unit,) = await allocator.take()
+    assert unit.keyword == "pooled"
+    assert server.counted("PUT") == 1
+    assert (await allocator.ask()).no_work.blocker == work_pb2.BLOCKER_KIND_TARGET_BUSY
+    await allocator.check_invariants()
+
+
+async def test_a_unit_that_is_withdrawn_late_leaves_the_delay_of_a_younger_one(
+    start: Start, server: ProviderServer
+) -> None:
+    allocator = await start(external_exits=ALONE, timeout_seconds=10)
+    await with_delay(allocator)
+    server.always = Fault.NONE_FREE
+    server.gate = asyncio.Event()
+    asked = asyncio.ensure_future(allocator.ask())
+
+    async def taking() -> bool:
+        return server.counted("PUT") > 0
+
+    await until(taking)
+    # A minute passes.
+    await allocator.sql("UPDATE leases SET granted_at = granted_at - interval '60 s'")
+    await allocator.sql("UPDATE targets SET next_at = next_at - interval '60 s'")
+    (younger,) = await allocator.take()
+    assert younger.keyword == "pooled"
+    server.gate.set()
+    assert (await asked).no_work.blocker == EXIT_UNAVAILABLE
+    assert (await allocator.ask()).no_work.blocker == work_pb2.BLOCKER_KIND_TARGET_BUSY
+
+
 async def test_orphans_are_released_and_what_lives_is_not(start: Start, server: ProviderServer) -> None:
     allocator = await start(external_exits={"reconcile_seconds": 0.05, "grace_seconds": 60})
     await vpn_slot(allocator)
@@ -359,28 +529,25 @@ async def test_a_provider_that_is_no_longer_configured_is_owed_its_releases(
     assert not (
         await second.exits.ListExitProviders(exit_pb2.ListExitProvidersRequest(), metadata=second.operator)
     ).providers
-    owed = await second.sql("SELECT FROM exit_releases WHERE allocation_key = $1", UUID(unit.allocation_key))
-    assert len(owed) == 1
+    # That of the lease that ended, and none of what it was not asked for.
+    owed = await second.sql("SELECT allocation_key FROM exit_releases")
+    assert [row["allocation_key"] for row in owed] == [UUID(unit.allocation_key)]
     third = await start(database=first.service.database)
     await settled(third, server)
     assert server.leases == {}
 
 
 async def test_calls_are_counted_by_their_outcome(allocator: Allocator, server: ProviderServer) -> None:
-    def counted(call: str, outcome: str) -> float:
-        labels = {"provider": "vpn", "call": call, "outcome": outcome}
-        return REGISTRY.get_sample_value("muster_allocator_exit_provider_calls_total", labels) or 0.0
-
-    before = {outcome: counted("take", outcome) for outcome in ("answered", "none", "failed")}
+    before = {outcome: calls("take", outcome) for outcome in ("answered", "none", "failed")}
     await vpn_slot(allocator)
     await allocator.take(2)
     server.victims = {"PUT"}
     server.faults.append(Fault.NONE_FREE)
     await allocator.ask()
-    assert counted("take", "answered") == before["answered"] + 2
-    assert counted("take", "none") == before["none"] + 1
-    assert counted("take", "failed") == before["failed"]
-    assert counted("held", "answered") > 0
+    assert calls("take", "answered") == before["answered"] + 2
+    assert calls("take", "none") == before["none"] + 1
+    assert calls("take", "failed") == before["failed"]
+    assert calls("held", "answered") > 0
     await settled(allocator, server)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from muster.allocator.v1 import slot_pb2, work_pb2
 from muster.persona_store.v1 import checkout_pb2, checkout_pb2_grpc, persona_pb2
 
@@ -29,12 +30,19 @@ class FakePersonaStore(checkout_pb2_grpc.CheckOutServiceServicer):
     away: bool = False
     # Set to hold check-outs back until it is released.
     gate: asyncio.Event | None = None
+    # Set to fail check-outs, after the gate; their holders are kept, since they may yet take effect.
+    fails: bool = False
+    failed: list[str] = field(default_factory=list)
 
     async def CheckOutPersonas(self, request: checkout_pb2.CheckOutPersonasRequest, context: Any) -> Any:
         await self._admit(context)
         self.calls.append(len(request.items))
+        fails = self.fails
         if self.gate is not None:
             await self.gate.wait()
+        if fails:
+            self.failed += [item.holder for item in request.items]
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
         response = checkout_pb2.CheckOutPersonasResponse()
         for item in request.items:
             assert 1 <= item.duration.seconds <= 24 * 3600
@@ -43,12 +51,14 @@ class FakePersonaStore(checkout_pb2_grpc.CheckOutServiceServicer):
                 answer.error.code, answer.error.reason = 5, "NO_PERSONA_MATCHES"
                 continue
             if item.holder not in self.held:
-                persona = persona_pb2.Persona(persona_id=self.idle.pop(0), generation=7)
-                self.held[item.holder] = checkout_pb2.CheckOut(
-                    persona=persona, holder=item.holder, lease_token=uuid.uuid4().bytes
-                )
+                self.hold(item.holder)
             answer.check_out.CopyFrom(self.held[item.holder])
         return response
+
+    def hold(self, holder: str) -> None:
+        """Checks an idle persona out."""
+        persona = persona_pb2.Persona(persona_id=self.idle.pop(0), generation=7)
+        self.held[holder] = checkout_pb2.CheckOut(persona=persona, holder=holder, lease_token=uuid.uuid4().bytes)
 
     async def CheckInPersonas(self, request: checkout_pb2.CheckInPersonasRequest, context: Any) -> Any:
         await self._admit(context)
@@ -202,8 +212,77 @@ async def test_without_a_store_only_work_that_needs_none_is_given(start_service:
     allocator = await Allocator.of(await start_service("allocator"))
     await allocator.slot(persona=NEED, priority=1)
     assert (await allocator.ask()).no_work.blocker == work_pb2.BLOCKER_KIND_PERSONA_STORE_UNAVAILABLE
+    # There is nobody to tell.
+    assert await allocator.sql("SELECT FROM outbox") == []
     await allocator.slot(keyword="plain")
     assert [unit.keyword for unit in await allocator.take(2)] == ["plain"] * 2
+
+
+async def test_who_waits_does_not_ask_for_a_persona_all_the_time(allocator: Allocator, store: FakePersonaStore) -> None:
+    await allocator.slot(persona=NEED)
+    store.idle.clear()
+    answer = await allocator.ask(wait=Duration(seconds=3))
+    assert answer.no_work.blocker == work_pb2.BLOCKER_KIND_NO_PERSONA
+    # About once a second.
+    assert 2 <= len(store.calls) <= 5
+    # What was never checked out is not checked in.
+    assert await allocator.sql("SELECT FROM outbox") == []
+    assert store.check_ins == []
+
+
+async def test_a_unit_that_a_repeat_of_the_request_completed_stands(
+    start_service: StartService, allocator: Allocator, store: FakePersonaStore
+) -> None:
+    address: str = store.address  # type: ignore[attr-defined]
+    # On one replica the calls would wait for one another.
+    other = await Allocator.of(
+        await start_service("allocator", database=allocator.service.database, persona_store={"target": address})
+    )
+    other.worker = allocator.worker
+    await allocator.slot(persona=NEED)
+    store.fails, store.gate = True, (gate := asyncio.Event())
+    request_id = str(uuid.uuid4())
+    first = asyncio.create_task(allocator.ask(request_id=request_id))
+
+    async def called() -> bool:
+        return bool(store.calls)
+
+    await until(called)
+    store.fails, store.gate = False, None
+    (unit,) = (await other.ask(request_id=request_id)).allocations
+    gate.set()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await first
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert list(store.held) == [unit.allocation_key]
+    (again,) = (await allocator.ask(request_id=request_id)).allocations
+    assert again == unit
+    (submitted,) = await other.submit(result(unit, persona_used=True))
+    assert submitted.disposition == work_pb2.RESULT_DISPOSITION_RECORDED
+    await allocator.check_invariants()
+
+
+async def test_a_check_out_that_lands_after_its_check_in_is_ended_by_another(
+    allocator: Allocator, store: FakePersonaStore
+) -> None:
+    await allocator.slot(persona=NEED)
+    store.fails = True
+    answer = await allocator.ask()
+    assert answer.no_work.blocker == work_pb2.BLOCKER_KIND_PERSONA_STORE_UNAVAILABLE
+    (holder,) = store.failed
+
+    async def told() -> bool:
+        return (holder, checkout_pb2.USE_OUTCOME_NOT_USED) in store.check_ins
+
+    await until(told)
+    store.hold(holder)
+    # Its time comes.
+    await allocator.sql("UPDATE outbox SET due_at = now()")
+
+    async def returned() -> bool:
+        return not store.held and not await allocator.sql("SELECT FROM outbox")
+
+    await until(returned)
 
 
 async def test_a_retry_completes_what_a_lost_answer_left_without_persona(

@@ -31,6 +31,7 @@ class Fault(Enum):
     CUT = "an answer that is cut off"
     PROTOCOL = "bytes that are no HTTP"
     REDIRECT = "another address to ask"
+    EARLY = "an exit that ends too early"
     NONE_FREE = "status 409"
 
 
@@ -180,6 +181,8 @@ class ProviderServer:
             return web.json_response({**good, "exit_ip": "300.1.1.1'; --"}, status=200)
         if fault is Fault.ENDPOINT:
             return web.json_response({**good, "endpoint": "file:///etc/passwd"}, status=200)
+        if fault is Fault.EARLY:
+            return web.json_response({**good, "expires_at": "2001-01-01T00:00Z"}, status=200)
         if fault is Fault.LONG:
             stream = web.StreamResponse()
             await stream.prepare(request)
