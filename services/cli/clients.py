@@ -8,7 +8,7 @@ import click
 from muster import Client
 from muster.machines import Machine
 
-from services.cli.acting import act_options
+from services.cli.acting import act_options, repeatable
 from services.cli.connection import connected
 from services.cli.output import json_option, show_json, show_table
 
@@ -65,9 +65,12 @@ async def undrain(client: Client, client_id: str, as_json: bool) -> None:
 @click.argument("instance", type=click.IntRange(0, 65535))
 @act_options
 @connected
-async def dead(client: Client, client_id: str, instance: int, reason: str, dry_run: bool) -> None:
+@repeatable
+async def dead(client: Client, client_id: str, instance: int, reason: str, dry_run: bool, request_id: str) -> None:
     """Free the leases of an instance at once; if it lives after all, its results are late."""
-    freed = await client.machines.declare_dead(client_id, instance, reason=reason, dry_run=dry_run)
+    freed = await client.machines.declare_dead(
+        client_id, instance, reason=reason, dry_run=dry_run, request_id=request_id
+    )
     click.echo(f"{freed} lease(s) {'would be ' * dry_run}freed")
 
 

@@ -179,7 +179,12 @@ async def test_clients_are_drained_and_declared_dead(desk: Desk) -> None:
     dead = ("client", "dead", "pc-7", "--reason", "on fire")
     assert await desk.said(*dead, "0", "--dry-run") == "2 lease(s) would be freed\n"
     assert (await desk.allocator.totals()).leased == 2
-    assert await desk.said(*dead, "0") == "2 lease(s) freed\n"
+    once = ("--request-id", str(uuid.uuid4()))
+    assert await desk.said(*dead, "0", *once) == "2 lease(s) freed\n"
+    await desk.said("client", "undrain", "pc-7")
+    await desk.allocator.take(1, client="pc-7")
+    assert await desk.said(*dead, "0", *once) == "2 lease(s) freed\n"
+    assert len(await desk.allocator.sql("SELECT FROM leases")) == 1
     (back,) = await desk.read("client", "undrain", "pc-7")
     assert not back["draining"]
     unknown = await desk.muster(*dead, "5", "--dry-run")
