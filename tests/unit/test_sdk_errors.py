@@ -49,6 +49,17 @@ def test_the_error_of_an_item_is_as_typed_as_that_of_a_call() -> None:
     assert type(item_error(work_pb2.ItemError(code=99))) is errors.ServiceFault
 
 
+def test_the_error_of_an_item_tells_when_to_come_again_where_its_contract_does() -> None:
+    wait = timedelta(seconds=0.25)
+    overloaded = work_pb2.ItemError(code=code_number("OVERLOADED"), reason="OVERLOADED")
+    assert not may_repeat(item_error(overloaded), idempotent=True)
+    overloaded.retry_after.FromTimedelta(wait)
+    error = item_error(overloaded)
+    assert error.retry_after == wait
+    assert may_repeat(error, idempotent=True)
+    assert item_error(checkout_pb2.ItemError(code=code_number("OVERLOADED"))).retry_after is None
+
+
 @pytest.mark.parametrize(
     ("enum", "contract"),
     [

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from muster import errors
+from muster import errors, values
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -233,7 +233,15 @@ class Transport:
 def item_error(error: Any) -> errors.MusterError:
     """Returns the typed error of an `ItemError` message."""
     codes = {code.value[0]: code.name for code in grpc.StatusCode}
-    return errors.restore(codes.get(error.code, "UNKNOWN"), error.reason, error.message, metadata=dict(error.metadata))
+    # Of the contracts' messages of this name, not all tell when to come again.
+    timed = "retry_after" in error.DESCRIPTOR.fields_by_name
+    return errors.restore(
+        codes.get(error.code, "UNKNOWN"),
+        error.reason,
+        error.message,
+        metadata=dict(error.metadata),
+        retry_after=values.interval(error, "retry_after") if timed else None,
+    )
 
 
 def may_repeat(error: BaseException, *, idempotent: bool) -> bool:
