@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from muster import Client
 
-from services.cli.acting import act_options, show_items
+from services.cli.acting import act_options, repeatable, show_items
 from services.cli.connection import connected
 from services.cli.output import json_option, show_json, show_table
 
@@ -47,9 +47,12 @@ async def list_results(client: Client, slot_id: str, as_json: bool) -> None:
 @act_options
 @json_option
 @connected
-async def accept(client: Client, allocation_keys: tuple[str, ...], reason: str, dry_run: bool, as_json: bool) -> None:
+@repeatable
+async def accept(
+    client: Client, allocation_keys: tuple[str, ...], reason: str, dry_run: bool, as_json: bool, request_id: str
+) -> None:
     """Record results after all, as late."""
-    items = await client.acts.accept_quarantined(allocation_keys, reason=reason, dry_run=dry_run)
+    items = await client.acts.accept_quarantined(allocation_keys, reason=reason, dry_run=dry_run, request_id=request_id)
     show_items(items, "accepted", dry_run=dry_run, as_json=as_json)
 
 
@@ -58,7 +61,12 @@ async def accept(client: Client, allocation_keys: tuple[str, ...], reason: str, 
 @act_options
 @json_option
 @connected
-async def discard(client: Client, allocation_keys: tuple[str, ...], reason: str, dry_run: bool, as_json: bool) -> None:
+@repeatable
+async def discard(
+    client: Client, allocation_keys: tuple[str, ...], reason: str, dry_run: bool, as_json: bool, request_id: str
+) -> None:
     """Give results up; their allocations stay expired."""
-    items = await client.acts.discard_quarantined(allocation_keys, reason=reason, dry_run=dry_run)
+    items = await client.acts.discard_quarantined(
+        allocation_keys, reason=reason, dry_run=dry_run, request_id=request_id
+    )
     show_items(items, "discarded", dry_run=dry_run, as_json=as_json)

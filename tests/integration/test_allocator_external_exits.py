@@ -16,7 +16,6 @@ from google.protobuf.duration_pb2 import Duration
 from muster.allocator.v1 import exit_pb2, work_pb2
 from prometheus_client import REGISTRY
 
-from allocator import external_exits
 from tests.support.allocator import Allocator, lease, result, until
 from tests.support.exit_provider import TOKEN, Fault, ProviderServer
 from tests.support.services import StartService
@@ -341,7 +340,7 @@ async def test_the_units_of_a_provider_that_is_passed_over_go_last(
     start: Start, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Else it would for this long in any case.
-    monkeypatch.setattr(external_exits, "_FAILING_SECONDS", 0.0)
+    monkeypatch.setattr("allocator.failures._AVOIDED_SECONDS", 0.0)
     allocator = await start(external_exits={**ALONE, "reconcile_seconds": 0.05})
     await vpn_slot(allocator, priority=10)
     await allocator.slot(keyword="pooled", without_exit=False)

@@ -426,6 +426,14 @@ REPEATABLE: dict[str, tuple[tuple[str, ...], Message]] = {
         ("quota", "reopen", "s", "--units", "100", *ACT),
         admin_pb2.ReopenQuotaResponse(),
     ),
+    "AdminService/AcceptQuarantinedResults": (
+        ("quarantine", "accept", "a", *ACT),
+        admin_pb2.AcceptQuarantinedResultsResponse(),
+    ),
+    "AdminService/DiscardQuarantinedResults": (
+        ("quarantine", "discard", "a", *ACT),
+        admin_pb2.DiscardQuarantinedResultsResponse(),
+    ),
     "ExitService/ToggleExit": (("exit", "toggle", "e-1"), exit_pb2.ToggleExitResponse(exit=EXIT)),
     "SlotService/CreateSlot": (
         ("slot", "create", "--keyword", "k", "--daily-quota", "5", *DATES),

@@ -153,10 +153,12 @@ class _Personas:
     async def attach_personas(self, organization_id: UUID, given: Sequence[tuple[UUID, AssignedPersona]]) -> set[UUID]:
         return {key for key, _ in given}
 
-    async def withdraw(self, organization_id: UUID, keys: Sequence[UUID], request_id: UUID | None) -> None:
-        pass
+    async def withdraw(
+        self, organization_id: UUID, request_id: UUID, keys: Sequence[UUID], *, personas: Sequence[UUID]
+    ) -> set[UUID]:
+        return set()
 
-    def outdate(self, organization_id: UUID) -> None:
+    def outdate(self, organization_id: UUID, *, wake: bool) -> None:
         pass
 
 
