@@ -3,6 +3,8 @@
 -- transaction.
 -- A lease is looked up by its key, however few there were when the plan was made: IS TRUE keeps the planner off the
 -- indexes that begin with the organization, and = ANY (ARRAY[key]) from joining all leases.
+-- Days that come from a join are written = ANY (array_fill(day, '{1}')), of which the planner makes no pruning of
+-- partitions while the statement runs: PostgreSQL 18.6 falls over when such a plan looks again at a row that moved on.
 
 -- name: renew_leases
 -- Moves the expiry of live leases that the caller proves to hold. $1 organization, $2 keys, $3 tokens, $4 duration in
@@ -88,7 +90,8 @@ FOR UPDATE SKIP LOCKED;
 -- daily_work_tracking_slot.
 SELECT t.work_date, t.slot_id, t.quota - (t.allocated - t.expired - t.released) AS room
 FROM unnest($2::date[], $3::uuid[]) AS u (work_date, slot_id)
-JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = u.work_date AND t.slot_id = u.slot_id
+JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = ANY (array_fill(u.work_date, '{1}'))
+  AND t.slot_id = u.slot_id
 ORDER BY t.work_date, t.slot_id
 FOR UPDATE OF t;
 
@@ -103,7 +106,8 @@ WITH moved AS MATERIALIZED (
     t.released + u.released AS released
   FROM unnest($2::date[], $3::uuid[], $4::integer[], $5::integer[], $6::integer[], $7::integer[], $8::integer[])
     AS u (work_date, slot_id, succeeded, failed, blocked, expired, released)
-  JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = u.work_date AND t.slot_id = u.slot_id
+  JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = ANY (array_fill(u.work_date, '{1}'))
+    AND t.slot_id = u.slot_id
   ORDER BY t.work_date, t.slot_id
   FOR UPDATE OF t
 )
@@ -111,7 +115,7 @@ UPDATE daily_work_tracking t
 SET quota = m.quota, allocated = m.allocated, succeeded = m.succeeded, failed = m.failed, blocked = m.blocked,
   expired = m.expired, released = m.released
 FROM moved m
-WHERE t.organization_id = $1 AND t.work_date = m.work_date AND t.slot_id = m.slot_id;
+WHERE t.organization_id = $1 AND t.work_date = ANY (array_fill(m.work_date, '{1}')) AND t.slot_id = m.slot_id;
 
 -- name: return_exit_uses
 -- Gives uses back, unless the exit began a new epoch since they were taken. To be run when the leases are locked by an
@@ -199,7 +203,8 @@ WITH withdrawn AS MATERIALIZED (
   SELECT t.work_date, t.slot_id, t.quota, t.allocated - u.units AS allocated, t.succeeded, t.failed, t.blocked,
     t.expired, t.released
   FROM unnest($2::date[], $3::uuid[], $4::integer[]) AS u (work_date, slot_id, units)
-  JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = u.work_date AND t.slot_id = u.slot_id
+  JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = ANY (array_fill(u.work_date, '{1}'))
+    AND t.slot_id = u.slot_id
   ORDER BY t.work_date, t.slot_id
   FOR UPDATE OF t
 )
@@ -207,7 +212,7 @@ UPDATE daily_work_tracking t
 SET quota = w.quota, allocated = w.allocated, succeeded = w.succeeded, failed = w.failed, blocked = w.blocked,
   expired = w.expired, released = w.released
 FROM withdrawn w
-WHERE t.organization_id = $1 AND t.work_date = w.work_date AND t.slot_id = w.slot_id;
+WHERE t.organization_id = $1 AND t.work_date = ANY (array_fill(w.work_date, '{1}')) AND t.slot_id = w.slot_id;
 
 -- name: enqueue_check_ins
 -- For check-outs whose lease ended before they could be noted on it. $1 organization, $2 holders.

@@ -49,7 +49,8 @@ WITH gone AS (
   SET status = g.outcome, late = true, quarantined = false, ended_at = greatest(statement_timestamp(),
     a.recorded_at + interval '1 microsecond')
   FROM gone g
-  WHERE a.organization_id = $1 AND a.work_date = g.work_date AND a.allocation_key = g.allocation_key
+  WHERE a.organization_id = $1 AND a.work_date = ANY (array_fill(g.work_date, '{1}'))
+    AND a.allocation_key = g.allocation_key
   RETURNING a.allocation_key, a.exit_id, a.persona_id, a.traceparent, a.target, a.exit_ip
 ), counted AS (
   SELECT work_date, slot_id, count(*) AS units, count(*) FILTER (WHERE outcome = 2) AS succeeded,
@@ -60,7 +61,7 @@ WITH gone AS (
   SET succeeded = t.succeeded + c.succeeded, failed = t.failed + c.failed, blocked = t.blocked + c.blocked,
     expired = t.expired - c.units, quota = greatest(t.quota, t.allocated - (t.expired - c.units) - t.released)
   FROM counted c
-  WHERE t.organization_id = $1 AND t.work_date = c.work_date AND t.slot_id = c.slot_id
+  WHERE t.organization_id = $1 AND t.work_date = ANY (array_fill(c.work_date, '{1}')) AND t.slot_id = c.slot_id
 ), results AS (
   INSERT INTO work_results (organization_id, created_at, allocation_key, work_date, slot_id, exit_id, persona_id,
     client_id, client_ip, instance_number, outcome, is_blocked, block_type, execution_time_ms, applied_settings, exit_ip,
@@ -87,4 +88,5 @@ WITH gone AS (
 )
 UPDATE work_allocations a SET quarantined = false
 FROM gone g
-WHERE a.organization_id = $1 AND a.work_date = g.work_date AND a.allocation_key = g.allocation_key;
+WHERE a.organization_id = $1 AND a.work_date = ANY (array_fill(g.work_date, '{1}'))
+  AND a.allocation_key = g.allocation_key;

@@ -57,7 +57,8 @@ WITH given AS MATERIALIZED (
   SELECT t.work_date, t.slot_id, t.quota, t.allocated, t.expired, t.released, t.succeeded + c.succeeded AS succeeded,
     t.failed + c.failed AS failed, t.blocked + c.blocked AS blocked
   FROM counted c
-  JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = c.work_date AND t.slot_id = c.slot_id
+  JOIN daily_work_tracking t ON t.organization_id = $1 AND t.work_date = ANY (array_fill(c.work_date, '{1}'))
+    AND t.slot_id = c.slot_id
   ORDER BY t.work_date, t.slot_id
   FOR UPDATE OF t
 ), moved AS (
@@ -67,7 +68,7 @@ WITH given AS MATERIALIZED (
   SET succeeded = d.succeeded, failed = d.failed, blocked = d.blocked, quota = d.quota, allocated = d.allocated,
     expired = d.expired, released = d.released
   FROM days d
-  WHERE t.organization_id = $1 AND t.work_date = d.work_date AND t.slot_id = d.slot_id
+  WHERE t.organization_id = $1 AND t.work_date = ANY (array_fill(d.work_date, '{1}')) AND t.slot_id = d.slot_id
 ), returning_exits AS (
   SELECT exit_id, exit_epoch, count(*) AS uses FROM gone WHERE exit_returns AND exit_id IS NOT NULL
   GROUP BY exit_id, exit_epoch
