@@ -86,7 +86,6 @@ class Acts:
         items, changed = await self._store.revoke_leases(organization_id, act, keys)
         if changed:
             self._leases.gave_back(organization_id, items.done, Status.EXPIRED)
-            self._reports.outdate(organization_id)
         return items
 
     async def release_by_age(
@@ -110,7 +109,6 @@ class Acts:
         )
         if changed:
             self._leases.gave_back(organization_id, released.released, Status.EXPIRED)
-            self._reports.outdate(organization_id)
         return released
 
     async def declare_dead(self, organization_id: UUID, act: Act, client_id: str, instance_number: int) -> int:
@@ -118,7 +116,6 @@ class Acts:
         ended, changed = await self._store.declare_dead(organization_id, act, client_id, instance_number)
         if changed:
             self._leases.gave_back(organization_id, ended, Status.EXPIRED)
-            self._reports.outdate(organization_id)
         return ended
 
     async def reopen_quota(

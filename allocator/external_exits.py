@@ -110,8 +110,8 @@ class ExternalExits:
         if not lacking:
             return list(packages), _NONE_FAILED
         taken = dict(zip((package.key for package in lacking), await self._take(organization_id, lacking), strict=True))
-        met = ((package.exit_provider, package.exit_region) for package in lacking if taken[package.key] is not None)
-        self._failures.succeeded(organization_id, met)
+        had = (package for package in lacking if isinstance(taken[package.key], RemoteExit))
+        self._failures.succeeded(organization_id, ((package.exit_provider, package.exit_region) for package in had))
         given = [
             (package.key, package.exit_provider, remote.exit_ip)
             for package in lacking
