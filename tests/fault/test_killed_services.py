@@ -239,11 +239,11 @@ async def _check(suite: Suite, client: muster.Client, history: History) -> None:
     # Quotas, at the end and by the sum of what was ever counted; counters equal the rows they count.
     for day in days:
         assert day["allocated"] - day["expired"] - day["released"] <= day["quota"]
-    by_slot: dict[str, Counter[int]] = {}
+    counts: dict[tuple[str, date], Counter[int]] = {}
     for row in rows.values():
-        by_slot.setdefault(str(row["slot_id"]), Counter())[row["status"]] += 1
+        counts.setdefault((str(row["slot_id"]), row["work_date"]), Counter())[row["status"]] += 1
     for day in days:
-        counted = by_slot.get(str(day["slot_id"]), Counter())
+        counted = counts.get((str(day["slot_id"]), day["work_date"]), Counter())
         told_by_tracking = [day[name] for name in ("succeeded", "failed", "blocked", "expired", "released")]
         assert told_by_tracking == [counted[status] for status in (2, 3, 4, 5, 6)]
         assert day["allocated"] == counted.total()
