@@ -20,6 +20,8 @@ _KEY = b"\x0a\x24"
 _TOKEN = b"\x12\x10"
 _TRACEPARENT = b"\x72\x37"
 _ALLOCATIONS = b"\x0a"
+# Of key, token and traceparent with their tags, which are always as long.
+_OWN_BYTES = len(_KEY) + 36 + len(_TOKEN) + 16 + len(_TRACEPARENT) + 55
 
 
 def packages_bytes(packages: Sequence[Package], lease_seconds: float) -> bytes:
@@ -30,23 +32,34 @@ def packages_bytes(packages: Sequence[Package], lease_seconds: float) -> bytes:
         lease_seconds: How long a lease lasts from its grant or renewal.
     """
     parts: list[bytes] = []
+    terms: Terms | None = None
+    of_terms = b""
     for package in packages:
-        unit = b"".join(
-            (
-                _KEY,
-                str(package.key).encode(),
-                _TOKEN,
-                package.token.bytes,
-                _of_terms(package.terms, lease_seconds),
-                _of_task(package.task),
-                _of_exit(package.exit) if package.exit is not None else b"",
-                _of_persona(package) if package.persona is not None else b"",
-                _TRACEPARENT,
-                package.own_traceparent().encode(),
-            )
+        if package.terms is not terms:
+            terms = package.terms
+            of_terms = _of_terms(terms, lease_seconds)
+        of_task = _of_task(package.task)
+        of_exit = _of_exit(package.exit) if package.exit is not None else b""
+        of_persona = _of_persona(package) if package.persona is not None else b""
+        parts += (
+            _begin(_OWN_BYTES + len(of_terms) + len(of_task) + len(of_exit) + len(of_persona)),
+            str(package.key).encode(),
+            _TOKEN,
+            package.token.bytes,
+            of_terms,
+            of_task,
+            of_exit,
+            of_persona,
+            _TRACEPARENT,
+            package.own_traceparent().encode(),
         )
-        parts += (_ALLOCATIONS, varint(len(unit)), unit)
     return b"".join(parts)
+
+
+@lru_cache(maxsize=4096)
+def _begin(size: int) -> bytes:
+    """Returns what stands before the key of an allocation of so many bytes."""
+    return _ALLOCATIONS + varint(size) + _KEY
 
 
 @lru_cache(maxsize=256)

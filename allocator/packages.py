@@ -68,9 +68,9 @@ class SimulatedUnit:
     needs_persona: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AssignedExit:
-    """The way to the target.
+    """The way to the target. Told apart by identity, as a task is.
 
     Attributes:
         exit_id: Of a pooled exit; None for an external one.

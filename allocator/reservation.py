@@ -43,6 +43,15 @@ class RequestServed(Exception):
     """Another transaction served one of the requests meanwhile: this one must not stand."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReservedExit:
+    """A pooled exit of which uses were reserved: its toggle epoch then, and whether a use ends with its lease."""
+
+    way: AssignedExit
+    epoch: int
+    returns: bool
+
+
 @dataclass(slots=True, eq=False)
 class Unit:
     """One unit of a demand on its way to a lease: `number` is its demand's."""
@@ -51,7 +60,7 @@ class Unit:
     pick: Pick
     target: str
     task: Task | None = None
-    exit_row: Any = None
+    exit: ReservedExit | None = None
 
 
 @dataclass(slots=True)
@@ -184,6 +193,12 @@ async def reserve(
         return granted
     exits = await _reserve_exits(connection, organization_id, wanted, uses)
     free = {exit_id: row["uses"] for exit_id, row in exits.items()}
+    reserved = {
+        exit_id: ReservedExit(
+            _way(exit_id, row["endpoint"], row["region"]), row["toggle_epoch"], row["cap_mode"] == _CONCURRENT
+        )
+        for exit_id, row in exits.items()
+    }
     served = []
     surplus: Counter[UUID] = Counter()
     for unit in granted:
@@ -193,7 +208,7 @@ async def reserve(
                 surplus[unit.pick.slot_id] += 1
                 continue
             free[exit_.exit_id] -= 1
-            unit.exit_row = exits[exit_.exit_id]
+            unit.exit = reserved[exit_.exit_id]
         served.append(unit)
     if surplus:
         await connection.execute(
@@ -265,7 +280,7 @@ async def grant(
         speakers.append(demands[unit.number])
     served = sorted(answers, key=lambda number: demands[number].request_id.bytes)
     classes = [unit.pick.slot_class for unit in units]
-    exits = [unit.exit_row for unit in units]
+    exits = [unit.exit for unit in units]
     row = await connection.fetchrow(
         _SQL["grant_leases"],
         organization_id,
@@ -276,9 +291,9 @@ async def grant(
         texts([demand.client_id for demand in speakers]),
         array(demand.instance_number for demand in speakers),
         texts([slots.target for slots in classes]),
-        ids([exit_["exit_id"] if exit_ else None for exit_ in exits]),
-        numbers([exit_["toggle_epoch"] if exit_ else None for exit_ in exits]),
-        numbers([True if exit_ and exit_["cap_mode"] == _CONCURRENT else None for exit_ in exits]),
+        ids([exit_.way.exit_id if exit_ else None for exit_ in exits]),
+        numbers([exit_.epoch if exit_ else None for exit_ in exits]),
+        numbers([True if exit_ and exit_.returns else None for exit_ in exits]),
         texts([slots.exit_provider for slots in classes]),
         texts([slots.persona_need or "" for slots in classes]),
         texts([demand.traceparent for demand in speakers]),
@@ -295,16 +310,10 @@ async def grant(
         last = {unit.target: key for unit, (key, _) in zip(units, names, strict=True) if unit.target in targets}
         await connection.execute(_SQL["note_targets"], organization_id, list(last), list(last.values()))
     terms = Terms(work_date, row["expires_at"], row["renewable_until"])
-    ways: dict[UUID, AssignedExit] = {}
     packages: dict[int, list[Package]] = {}
     for unit, (key, token) in zip(units, names, strict=True):
         assert unit.task is not None
-        way = None
-        if (found := unit.exit_row) is not None:
-            way = ways.get(found["exit_id"])
-            if way is None:
-                way = ways[found["exit_id"]] = AssignedExit(found["exit_id"], found["endpoint"], found["region"])
-        package = Package(key, token, unit.task, terms, demands[unit.number], way)
+        package = Package(key, token, unit.task, terms, demands[unit.number], unit.exit.way if unit.exit else None)
         packages.setdefault(unit.number, []).append(package)
     return packages
 
@@ -322,6 +331,11 @@ def _task(slot_id: UUID, keyword: str, code: str, settings: str, slots: SlotClas
         exit_region=slots.exit_region,
         exit_provider=slots.exit_provider,
     )
+
+
+@lru_cache(maxsize=4096)
+def _way(exit_id: UUID, endpoint: str, region: str) -> AssignedExit:
+    return AssignedExit(exit_id, endpoint, region)
 
 
 def _stored_package(demand: Demand, row: Any) -> Package:
