@@ -38,13 +38,13 @@ async def happen(mishaps: Mishaps, suite: Suite, fleet: Fleet, client: muster.Cl
     Raises:
         TimeoutError: the fleet gave no occasion within a minute.
     """
-    name, unit = await _somebody_at_work(fleet, busy=0)
+    name, unit = await _somebody_at_work(fleet)
     await fleet.kill(name)
     mishaps.killed_key = unit.allocation_key
     screen.event(f"{name} killed while at work on '{unit.keyword}': its lease will run out", "red")
     await fleet.start(name)
 
-    paused, unit = await _somebody_at_work(fleet, busy=1)
+    paused, unit = await _somebody_at_work(fleet, besides=name)
     fleet.pause(paused)
     mishaps.late_key = unit.allocation_key
     screen.event(f"{paused} stopped while at work on '{unit.keyword}', past its lease", "yellow")
@@ -68,15 +68,16 @@ async def happen(mishaps: Mishaps, suite: Suite, fleet: Fleet, client: muster.Cl
     screen.event(f"{paused} goes on, and will submit late", "yellow")
 
 
-async def _somebody_at_work(fleet: Fleet, busy: int) -> tuple[str, Leased]:
+async def _somebody_at_work(fleet: Fleet, besides: str = "") -> tuple[str, Leased]:
+    # The unit of a worker that was killed stays under its name until its successor has begun one.
     found: list[tuple[str, Leased]] = []
 
     async def look() -> bool:
-        found[:] = sorted(fleet.under_way().items())
-        return len(found) > busy
+        found[:] = sorted(one for one in fleet.under_way().items() if one[0] != besides)
+        return bool(found)
 
     await _until(look)
-    return found[busy]
+    return found[0]
 
 
 async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
